@@ -1,0 +1,1 @@
+"""Training configurations, one file per run."""

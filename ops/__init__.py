@@ -1,0 +1,1 @@
+"""Operators: definition, kernels and registration."""

@@ -1,0 +1,1 @@
+"""Published checkpoints: records, retrieval, verification, reading and adaptation. No checkpoint file lives here."""

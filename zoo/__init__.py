@@ -1,0 +1,1 @@
+"""Efficient vision backbones over shared Triton operators."""
