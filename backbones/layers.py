@@ -1,0 +1,58 @@
+"""Layers that at least two families share unchanged."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DropPath(nn.Module):
+    """Stochastic depth per sample: in training drops a residual branch and scales the kept ones by 1 / (1 - rate).
+
+    Source: Huang et al., Deep Networks with Stochastic Depth, arXiv 1603.09382.
+    """
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"the drop path rate must lie in [0, 1), got {rate}")
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any (B, ...) tensor to the same shape."""
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
+        return x * (mask / keep)
+
+    def extra_repr(self) -> str:
+        """The rate, for printing."""
+        return f"rate={self.rate:g}"
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an exact (erf) GELU, on the last axis."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., channels) to the same shape."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Zero-pad an image (B, C, H, W) at the bottom and right until `multiple` divides both sides."""
+    bottom, right = -x.shape[2] % multiple, -x.shape[3] % multiple
+    if (
+        isinstance(bottom, int)
+        and isinstance(right, int)
+        and not torch.compiler.is_compiling()
+        and bottom == right == 0
+    ):
+        return x
+    return F.pad(x, (0, right, 0, bottom))
