@@ -1,0 +1,242 @@
+"""Classify images with a model: preprocessing from the model's own record, batches, names and probabilities.
+
+    classifier = vizoo.predict.load_classifier("swin_tiny_patch4_window7_224")
+    for prediction in classifier.predict(vizoo.predict.find_images(["photos"])):
+        print(prediction.path, prediction.classes[0], prediction.probabilities[0])
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vizoo.backbones.base import Backbone, nearest
+from vizoo.weights.reader import read_state_dict
+
+from .checkpoint import load_checkpoint
+from .create import create_model
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_PREPROCESS = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
+
+OnError = Callable[[Path, Exception], None]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of one image, best first.
+
+    Attributes:
+        path: The image file.
+        classes: Names.
+        indices: Places in the classifier's output.
+        probabilities: Softmax of the logits, over all classes.
+    """
+
+    path: Path
+    classes: tuple[str, ...]
+    indices: tuple[int, ...]
+    probabilities: tuple[float, ...]
+
+
+@dataclass
+class Classifier:
+    """A model with all it needs to read an image file and to name what it sees.
+
+    Attributes:
+        model: The model.
+        class_names: A name per output.
+        preprocess: timm's keys (input_size, mean, std, crop_pct, crop_mode, interpolation).
+    """
+
+    model: Backbone
+    class_names: Sequence[str]
+    preprocess: Mapping[str, Any]
+
+    def predict(
+        self,
+        images: Iterable[str | Path],
+        *,
+        top: int = 5,
+        batch_size: int = 16,
+        on_error: OnError | None = None,
+    ) -> Iterator[Prediction]:
+        """Classify image files, one prediction each, in their order.
+
+        Args:
+            images: Files.
+            top: How many classes to report; at most as many as there are.
+            batch_size: Images per forward pass.
+            on_error: Called with a file that cannot be read, which is then left out; None raises.
+
+        Raises:
+            ValueError: `top` or `batch_size` below 1, or an image that cannot be read.
+            FileNotFoundError: There is no such file.
+        """
+        for name, value in (("top", top), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for paths, batch in _batches(self._read(images, on_error), batch_size):
+            probabilities = self._probabilities(batch)
+            best = probabilities.topk(min(top, probabilities.shape[1]), dim=1)
+            for path, values, indices in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
+                names = tuple(self.class_names[i] for i in indices)
+                yield Prediction(path, names, tuple(indices), tuple(values))
+
+    def _read(self, images: Iterable[str | Path], on_error: OnError | None) -> Iterator[tuple[Path, Tensor]]:
+        from .images import load_image
+        from .preprocess import eval_transform
+
+        transform = eval_transform(dict(self.preprocess))
+        for path in map(Path, images):
+            try:
+                yield path, transform(load_image(path))
+            except (OSError, ValueError) as error:
+                if on_error is None:
+                    raise
+                on_error(path, error)
+
+    def _probabilities(self, batch: Tensor) -> Tensor:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                logits = self.model(batch.to(next(self.model.parameters()).device))
+        finally:
+            self.model.train(was_training)
+        return logits.float().softmax(dim=1).cpu()
+
+
+def _batches(images: Iterable[tuple[Path, Tensor]], size: int) -> Iterator[tuple[list[Path], Tensor]]:
+    """Stack neighbours of one shape, at most `size` of them."""
+    paths: list[Path] = []
+    tensors: list[Tensor] = []
+    for path, image in images:
+        if tensors and (len(tensors) == size or image.shape != tensors[0].shape):
+            yield paths, torch.stack(tensors)
+            paths, tensors = [], []
+        paths.append(path)
+        tensors.append(image)
+    if tensors:
+        yield paths, torch.stack(tensors)
+
+
+def load_classifier(
+    name: str | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    **overrides: Any,
+) -> Classifier:
+    """A classifier with official weights, or with those of a checkpoint file.
+
+    A checkpoint of `vizoo train` says which model it is of, how it is preprocessed and what its classes are called.
+
+    Args:
+        name: A model of the zoo; may be left out where the checkpoint says it.
+        checkpoint: A checkpoint file; None takes the official weights.
+        device: Where to run.
+        **overrides: Further arguments of `create_model`; they win over the checkpoint's.
+
+    Raises:
+        ValueError: No model is named anywhere, the name is unknown, or the model has no classifier.
+        FileNotFoundError: There is no such checkpoint.
+        CheckpointMismatch: The checkpoint is another model's.
+        vizoo.weights.errors.WeightsError: The weights cannot be had or read.
+    """
+    if checkpoint is None:
+        if name is None:
+            raise ValueError("name a model, or pass a checkpoint that says which model it is of")
+        model, meta = create_model(name, pretrained=True, **overrides), {}
+    else:
+        model, meta = _from_checkpoint(name, Path(checkpoint), overrides)
+    if model.num_classes == 0:
+        raise ValueError(f"{name or type(model).__name__} has no classifier, so it cannot name what it sees")
+    return Classifier(model.to(device).eval(), _class_names(model, meta), _preprocess(model, meta))
+
+
+def _from_checkpoint(name: str | None, path: Path, overrides: dict[str, Any]) -> tuple[Backbone, dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {path}{_neighbour(path)}")
+    meta = stored_meta(path)
+    stored = dict(meta.get("vizoo", {}).get("model", {}))
+    stored_name = stored.pop("name", None)
+    if name is None and stored_name is None:
+        raise ValueError(f"{path} does not say which model it is of; name it (--model)")
+    if name not in (None, stored_name) and stored_name is not None:
+        stored = {}
+    arguments = {**stored, **overrides}
+    if "num_classes" not in arguments:
+        arguments["num_classes"] = _stored_classes(path, name or stored_name)
+    model = create_model(name or stored_name, **arguments)
+    load_checkpoint(model, path)
+    return model, meta
+
+
+def _stored_classes(path: Path, name: str) -> int:
+    """Outputs of the classifier in a checkpoint, so that it keeps its own classes; 0 where it holds none."""
+    with torch.device("meta"):
+        classifier = create_model(name).classifier_name
+    state = read_state_dict(path)
+    heads = [value.shape[0] for key, value in state.items() if key.endswith(f"{classifier}.bias")]
+    return heads[0] if heads else 0
+
+
+def stored_meta(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint of `vizoo train` says of itself; empty for any other file. Runs no code of the file."""
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+        return {}
+    meta = contents.get("meta") if isinstance(contents, Mapping) else None
+    return dict(meta) if isinstance(meta, Mapping) else {}
+
+
+def _class_names(model: Backbone, meta: Mapping[str, Any]) -> Sequence[str]:
+    """Names from the checkpoint, else from the weights' label set; numbers where neither fits the classifier."""
+    from .labels import class_names
+
+    names = (meta.get("dataset_meta") or {}).get("classes")
+    if names is None and model.default_cfg["labels"] and not meta:
+        names = class_names(model.default_cfg["labels"])
+    if names is None or len(names) != model.num_classes:
+        return tuple(f"class {i}" for i in range(model.num_classes))
+    return tuple(names)
+
+
+def _preprocess(model: Backbone, meta: Mapping[str, Any]) -> dict[str, Any]:
+    stored = meta.get("vizoo", {}).get("preprocess", {})
+    return {key: stored.get(key, model.default_cfg[key]) for key in _PREPROCESS}
+
+
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
+    """Image files among files and folders; a folder gives all those below it, sorted.
+
+    Raises:
+        FileNotFoundError: A path does not exist, or a folder holds no image.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            if not inside:
+                raise FileNotFoundError(f"{path} holds no image; known suffixes: {', '.join(IMAGE_SUFFIXES)}")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"there is no image or folder at {path}{_neighbour(path)}")
+    return found
+
+
+def _neighbour(path: Path) -> str:
+    """A hint that names similar files in the same folder; empty where there are none."""
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    hint = nearest(path.name, siblings)
+    return f"; {hint}" if hint.startswith("did you mean") else ""

@@ -1,0 +1,154 @@
+"""Rows about models and their weights, for the command line and the README. Nothing is built for them: figures are the published ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vizoo.backbones.base import Family, Variant
+from vizoo.weights.record import Weights
+
+from .registry import families, list_models, resolve, variants
+
+BEGIN = "<!-- models: written by `python -m vizoo.tables README.md` -->"
+END = "<!-- end of models -->"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model, or one checkpoint of a model.
+
+    Attributes:
+        name: `variant`, or `variant.tag` for a checkpoint.
+        family: Its family.
+        mixer: Kind of token mixer.
+        params: Millions of parameters, as published; None where nobody counted.
+        gmacs: 10^9 multiply-accumulate operations for one image of `size`, as published.
+        size: Height and width of the image.
+        metrics: What the authors report for the (default) checkpoint.
+        weights: Tags of the checkpoints, the default one first.
+        license: Licence of the (default) checkpoint; empty where there is none.
+    """
+
+    name: str
+    family: str
+    mixer: str
+    params: float | None
+    gmacs: float | None
+    size: tuple[int, int]
+    metrics: dict[str, float]
+    weights: tuple[str, ...]
+    license: str
+
+    @property
+    def top1(self) -> float | None:
+        """Reported ImageNet-1K top-1 accuracy in percent."""
+        return self.metrics.get("top1")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def model_rows(names: Iterable[str]) -> list[Row]:
+    """One row per variant."""
+    return [_model_row(name, *variants()[name]) for name in names]
+
+
+def weight_rows(names: Iterable[str]) -> list[Row]:
+    """One row per checkpoint; `names` as `list_models(pretrained=True)` returns them."""
+    rows = []
+    for name in names:
+        found = resolve(name)
+        assert found.weights is not None
+        rows.append(_row(name, found.family, found.variant, found.weights, (found.tag or "",)))
+    return rows
+
+
+def _model_row(name: str, family: Family, variant: Variant) -> Row:
+    return _row(name, family, variant, next(iter(variant.weights.values()), None), tuple(variant.weights))
+
+
+def _row(name: str, family: Family, variant: Variant, record: Weights | None, tags: tuple[str, ...]) -> Row:
+    side = variant.config.img_size
+    own_params, own_macs = (record.params, record.macs) if record else (None, None)
+    return Row(
+        name=name,
+        family=family.name,
+        mixer=family.mixer,
+        params=variant.params if variant.params is not None else _scaled(own_params, 1e6),
+        gmacs=variant.gmacs if variant.gmacs is not None else _scaled(own_macs, 1e9),
+        size=(side, side) if isinstance(side, int) else tuple(side),
+        metrics=dict(record.metrics) if record else {},
+        weights=tags,
+        license=record.license if record else "",
+    )
+
+
+def _scaled(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit
+
+
+def figure(value: float | None, digits: int = 1) -> str:
+    """A number for a table; a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def side(size: tuple[int, int]) -> str:
+    """`224` for a square image, else `224x320`."""
+    height, width = size
+    return str(height) if height == width else f"{height}x{width}"
+
+
+def reported(metrics: dict[str, float]) -> str:
+    """Reported metrics in one phrase; top-1 alone without its name."""
+    if "top1" in metrics:
+        return figure(metrics["top1"])
+    return ", ".join(f"{name} {value:g}" for name, value in metrics.items()) or "-"
+
+
+def markdown_table() -> str:
+    """The README's table of models, by family."""
+    lines = [
+        "| model | params (M) | GMACs | image | top-1 (%) | weights | licence |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for family in families():
+        for row in sorted(model_rows(list_models(family=family)), key=lambda r: (r.params or 0, r.gmacs or 0, r.name)):
+            cells = (
+                f"`{row.name}`",
+                figure(row.params),
+                figure(row.gmacs),
+                side(row.size),
+                reported(row.metrics),
+                ", ".join(f"`{tag}`" for tag in row.weights) or "-",
+                row.license or "-",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_table(text: str) -> str:
+    """A document with the table between its markers renewed.
+
+    Raises:
+        ValueError: The document does not hold both markers in order.
+    """
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"the document must hold the markers {BEGIN!r} and {END!r}, in this order")
+    return f"{head}{BEGIN}\n{markdown_table()}\n{END}{tail}"
+
+
+def _main(arguments: list[str]) -> None:
+    for path in map(Path, arguments):
+        path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    import sys
+
+    _main(sys.argv[1:])
