@@ -16,16 +16,17 @@ class Weights:
 
     Attributes:
         url: Where the authors publish the file. Empty when there is only a page to fetch it from by hand.
-        manual: What a person does where the host forbids scripted download; empty otherwise.
+        manual: What a person does to get the file where the host forbids scripted download; empty otherwise. Names
+            one file: without a url, its place in the cache follows from this text.
         sha256: Full hexadecimal digest of the file; None means unverified, and loading says so.
         container: Key of the state dict inside the file; None when the file is the state dict itself.
         prefix: Only keys below this prefix belong to the backbone (`backbone.` in a whole detector).
-        license: SPDX name of the licence the weights are published under, or `NOT_STATED`, which needs an explicit opt-in.
+        license: SPDX name of the licence of the weights, or `NOT_STATED`, which needs an explicit opt-in.
         repository: Official repository, as `owner/name`.
         commit: The commit of that repository that the family's file was written against.
         input_size: Channels, height and width of the image the checkpoint was evaluated with.
         crop_pct: Fraction of the resized image that the evaluation crop keeps.
-        crop_mode: `center` resizes the short side to size / crop_pct and crops; `squash` resizes both sides, without a crop.
+        crop_mode: `center` resizes the short side to size / crop_pct and crops; `squash` resizes both sides, no crop.
         interpolation: Resampling filter of the evaluation resize.
         mean: Mean of each channel, of values in [0, 1].
         std: Standard deviation of each channel, of values in [0, 1].
