@@ -21,7 +21,7 @@ NORM_FLOOR = 1e-12
 
 def known(condition: bool | torch.SymBool) -> bool:
     """Whether a condition holds for every size the trace stands for. Never adds a guard."""
-    if isinstance(condition, bool):
+    if isinstance(condition, bool) and not torch.compiler.is_compiling():  # Dynamo calls a symbolic truth a bool
         return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # pulls in sympy: only when tracing
 
@@ -40,71 +40,81 @@ def window_attention_reference(
 ) -> Tensor:
     """Computes what `vizoo.ops.window_attention` defines: gathers the windows, then `scaled_dot_product_attention`."""
     B, H, W, _, h, d = qkv.shape
-    rows = _window_positions(H, window[0], shift[0], qkv.device)  # (Hp / rows, rows)
-    cols = _window_positions(W, window[1], shift[1], qkv.device)
-    N = window[0] * window[1]
-    tokens = _gather(qkv, rows, cols, padding).view(-1, N, 3, h, d)
-    q, k, v = tokens.permute(2, 0, 3, 1, 4)  # each (B * n, h, N, d)
+    n, N = _window_count(H, W, window), window[0] * window[1]
+    row, col = _rolled_positions(n, H, W, window, qkv.device)
+    tokens = _gather(qkv, row, col, padding, window, shift)
+    q, k, v = tokens.view(B * n, N, 3, h, d).permute(2, 0, 3, 1, 4)  # each (B * n, h, N, d)
     if cosine_scale is not None:
         q, k, scale = _unit(q) * cosine_scale.to(q.dtype)[:, None, None], _unit(k), 1.0
     logits = None if bias is None else bias.to(q.dtype)[None]
     if not (known(shift[0] == 0) and known(shift[1] == 0)):
-        mask = _region_mask(rows.shape, cols.shape, shift, q)[:, None]
-        logits = mask.expand(-1, h, -1, -1) if logits is None else logits + mask
+        label = 3 * _region(row, H, window[0], shift[0]) + _region(col, W, window[1], shift[1])
+        mask = _mask(label).to(q.dtype)[:, None]
+        logits = mask.expand(n, h, N, N) if logits is None else logits + mask
         logits = logits.repeat(B, 1, 1, 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=logits, scale=scale)
-    return _scatter(out.transpose(1, 2), B, (H, W), window, shift)
+    return _scatter(out.transpose(1, 2).reshape(B, n * N, h, d), H, W, window, shift)
 
 
-def _window_positions(size: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """Index of the padded axis that stands at each place of each window: (windows, window)."""
-    padded = (size + window - 1) // window * window
-    return ((torch.arange(padded, device=device) + shift) % padded).view(-1, window)
+def _windows(size: int, window: int) -> int:
+    return (size + window - 1) // window
 
 
-def _gather(qkv: Tensor, rows: Tensor, cols: Tensor, padding: Tensor | None) -> Tensor:
+def _window_count(H: int, W: int, window: tuple[int, int]) -> int:
+    """Windows of a map. One to spare if tracing cannot tell whether there are several: a size of 1 would be a guard."""
+    count = _windows(H, window[0]) * _windows(W, window[1])
+    return count if known(count == 1) or known(count > 1) else count + 1
+
+
+def _rolled_positions(n: int, H: int, W: int, window: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column on the rolled map of each position of each window, a spare one repeating the last: (n, N) each."""
+    rows, cols = window
+    across = _windows(W, cols)
+    number = torch.arange(n, device=device)[:, None].clamp(max=_windows(H, rows) * across - 1)
+    place = torch.arange(rows * cols, device=device)[None, :]
+    return number // across * rows + place // cols, number % across * cols + place % cols
+
+
+def _gather(
+    qkv: Tensor, row: Tensor, col: Tensor, padding: Tensor | None, window: tuple[int, int], shift: tuple[int, int]
+) -> Tensor:
     """Windows of the padded, rolled map: (B, n * N, 3, h, d)."""
     B, H, W, _, h, d = qkv.shape
-    y, x = rows[:, None, :, None], cols[None, :, None, :]
-    index = y.clamp(max=H - 1) * W + x.clamp(max=W - 1)  # (Hp / rows, Wp / columns, rows, columns)
-    tokens = qkv.reshape(B, H * W, 3, h, d).index_select(1, index.flatten())
-    if known(rows.numel() == H) and known(cols.numel() == W):
-        return tokens
-    inside = ((y < H) & (x < W)).view(1, -1, 1, 1, 1)
-    beyond = tokens.new_zeros(()) if padding is None else padding.to(tokens.dtype)
-    return torch.where(inside, tokens, beyond)
+    Hp, Wp = _windows(H, window[0]) * window[0], _windows(W, window[1]) * window[1]
+    y, x = _unrolled(row.flatten(), shift[0], Hp), _unrolled(col.flatten(), shift[1], Wp)
+    tokens = qkv.reshape(B, H * W, 3, h, d)
+    if known(Hp == H) and known(Wp == W):
+        return tokens.index_select(1, y * W + x)
+    tokens = tokens.index_select(1, y.clamp(max=H - 1) * W + x.clamp(max=W - 1))
+    inside = ((y < H) & (x < W))[:, None, None, None]
+    return torch.where(inside, tokens, tokens.new_zeros(()) if padding is None else padding.to(tokens.dtype))
 
 
-def _scatter(windows: Tensor, B: int, size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
-    """Puts windows (B * n, N, h, d) back in their place on the map: (B, H, W, h, d)."""
-    (H, W), (h, d) = size, windows.shape[2:]
-    y = _rolled_positions(H, window[0], shift[0], windows.device)[:, None]
-    x = _rolled_positions(W, window[1], shift[1], windows.device)[None, :]
-    across = (W + window[1] - 1) // window[1]
-    index = (y // window[0] * across + x // window[1]) * (window[0] * window[1])
-    index = index + y % window[0] * window[1] + x % window[1]
-    return windows.reshape(B, -1, h, d).index_select(1, index.flatten()).view(B, H, W, h, d)
+def _unrolled(position: Tensor, shift: int, size: int) -> Tensor:
+    position = position + shift
+    return position - (position >= size) * size  # cheaper than the remainder
 
 
-def _rolled_positions(size: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """Where each position of an axis stands after padding and rolling: (size,)."""
-    padded = (size + window - 1) // window * window
-    return (torch.arange(size, device=device) - shift) % padded
+def _scatter(windows: Tensor, H: int, W: int, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+    """Puts the positions of all windows (B, n * N, h, d) back in their place on the map: (B, H, W, h, d)."""
+    rows, cols = window
+    B, _, h, d = windows.shape
+    y = ((torch.arange(H, device=windows.device) - shift[0]) % (_windows(H, rows) * rows))[:, None]
+    x = ((torch.arange(W, device=windows.device) - shift[1]) % (_windows(W, cols) * cols))[None, :]
+    number = y // rows * _windows(W, cols) + x // cols
+    index = number * (rows * cols) + y % rows * cols + x % cols
+    return windows.index_select(1, index.view(H * W)).view(B, H, W, h, d)
 
 
-def _region_mask(rows: torch.Size, cols: torch.Size, shift: tuple[int, int], like: Tensor) -> Tensor:
-    """MASKED where two positions of a window come from different regions of the rolled map, else 0: (n, N, N)."""
-    row_part, col_part = _region(rows, shift[0], like.device), _region(cols, shift[1], like.device)
-    label = (3 * row_part[:, None, :, None] + col_part[None, :, None, :]).view(-1, rows[1] * cols[1])
-    return (label[:, :, None] != label[:, None, :]).to(like.dtype) * MASKED
+def _region(position: Tensor, size: int, window: int, shift: int) -> Tensor:
+    """Which of [0, Hp - rows), [Hp - rows, Hp - shift), [Hp - shift, Hp) each position of an axis lies in: 0, 1 or 2."""
+    padded = _windows(size, window) * window
+    return (position >= padded - window).int() + (position >= padded - shift).int()
 
 
-def _region(shape: torch.Size, shift: int, device: torch.device) -> Tensor:
-    """Which of [0, Hp - rows), [Hp - rows, Hp - shift), [Hp - shift, Hp) a position lies in: (windows, window)."""
-    count, window = shape
-    position = torch.arange(count * window, device=device)
-    part = (position >= (count - 1) * window).int() + (position >= count * window - shift).int()
-    return part.view(count, window)
+def _mask(label: Tensor) -> Tensor:
+    """MASKED for two positions of a window whose labels differ, else 0: (n, N) -> (n, N, N)."""
+    return (label[:, :, None] != label[:, None, :]) * MASKED
 
 
 def _unit(x: Tensor) -> Tensor:
