@@ -34,8 +34,9 @@ bench: $(READY) ## Measure operators and models; results go to benchmarks/result
 	$(BIN)/python benchmarks/models.py
 
 links: ## Renew the links in typings/ that show the package to type checkers
-	cd typings/vizoo && find . -type l -delete && ln -s ../../zoo/*.py ../../zoo/py.typed \
-		../../backbones ../../configs ../../ops ../../train ../../weights .
+	find typings/vizoo -type l -delete
+	for part in $$(find zoo -mindepth 1 -maxdepth 1 ! -name __pycache__) backbones configs ops train weights; do \
+		ln -s ../../$$part typings/vizoo/; done
 
 clean: ## Remove what builds, tests and runs leave behind; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache runs $(REPORT)

@@ -79,7 +79,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     """An empty cache folder, and no switch of the user's that would change what a test sees."""
     home = tmp_path_factory.getbasetemp() / f"home-{next(HOMES)}"
     monkeypatch.setenv("VIZOO_HOME", str(home))
-    for name in ("VIZOO_OFFLINE", "HF_HUB_OFFLINE"):
+    for name in ("VIZOO_OFFLINE", "HF_HUB_OFFLINE", "VIZOO_ACCEPT_UNSTATED_LICENSES"):
         monkeypatch.delenv(name, raising=False)
     return home
 
