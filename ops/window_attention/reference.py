@@ -107,7 +107,7 @@ def _scatter(windows: Tensor, H: int, W: int, window: tuple[int, int], shift: tu
 
 
 def _region(position: Tensor, size: int, window: int, shift: int) -> Tensor:
-    """Which of [0, Hp - rows), [Hp - rows, Hp - shift), [Hp - shift, Hp) each position of an axis lies in: 0, 1 or 2."""
+    """Which of [0, Hp - rows), [Hp - rows, Hp - shift), [Hp - shift, Hp) a position of an axis lies in: 0, 1, 2."""
     padded = _windows(size, window) * window
     return (position >= padded - window).int() + (position >= padded - shift).int()
 
