@@ -221,9 +221,9 @@ def _receive(response: Any, part: Path, have: int, total: int | None, report: Re
             if not chunk:
                 break
             file.write(chunk)
+            file.flush()  # what has arrived survives this process
             have += len(chunk)
             report(have, total)
-        file.flush()
         os.fsync(file.fileno())
     if total is not None and have < total:
         raise _TransientError(f"the connection closed after {have} of {total} bytes")

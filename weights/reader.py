@@ -15,7 +15,7 @@ import pickletools
 import re
 import threading
 import zipfile
-from _compat_pickle import IMPORT_MAPPING
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -254,8 +254,8 @@ def _globals_of_pickle(file: IO[bytes]) -> Iterator[str]:
     strings: list[str] = []
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name == "GLOBAL" and argument is not None:
-            module, name = argument.split(" ", 1)
-            yield f"{IMPORT_MAPPING.get(module, module)}.{name}"
+            module, name = argument.split(" ", 1)  # Python 2's names, which protocol 2 uses
+            yield ".".join(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)))
         elif opcode.name == "STACK_GLOBAL":
             yield ".".join(strings[-2:])
         elif isinstance(argument, str):
