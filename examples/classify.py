@@ -15,7 +15,7 @@ from vizoo.images import load_image
 from vizoo.labels import class_names
 from vizoo.preprocess import eval_transform
 from vizoo.registry import resolve
-from vizoo.weights import is_cached
+from vizoo.weights.store import is_cached
 
 parser = argparse.ArgumentParser(description="Name what is in an image.")
 parser.add_argument("image")
