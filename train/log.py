@@ -1,0 +1,224 @@
+"""The record of a run: JSON lines, TensorBoard, the lines a person sees, and the check that the loss is a number."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce, get_world_size, is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor
+
+from .checkpoint import write_atomically
+from .progress import ProgressLine, duration
+
+LOG = "log.jsonl"
+CONFUSION = "confusion.json"
+
+
+def read_log(work_dir: str | Path) -> list[dict[str, Any]]:
+    """The records of a run, one history even if it was interrupted.
+
+    What an interrupted process logged after the checkpoint that the run was resumed from is left out, as is a line
+    that was cut off.
+
+    Args:
+        work_dir: Folder of the run.
+
+    Returns:
+        Records with `kind` (`start`, `resume`, `train`, `val`), `epoch`, `iter` and figures, oldest first.
+
+    Raises:
+        FileNotFoundError: The folder has no log.
+    """
+    path = Path(work_dir) / LOG
+    if not path.is_file():
+        raise FileNotFoundError(f"{work_dir} holds no run: there is no {LOG} in it")
+    records: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["kind"] == "resume":
+            records = [r for r in records if r["iter"] <= record["iter"]]
+        records.append(record)
+    return records
+
+
+@HOOKS.register_module()
+class RunLog(Hook):
+    """Logs a run and stops it when the loss is no longer finite.
+
+    Losses stay on the device until a window of them is complete, so the host waits for the device once per window and
+    at the end of an epoch, never per step. In a distributed run the figures are means over the processes.
+
+    Args:
+        interval: Iterations per window.
+        quiet: Show nothing.
+    """
+
+    priority = "BELOW_NORMAL"
+
+    def __init__(self, interval: int = 50, quiet: bool = False) -> None:
+        if interval < 1:
+            raise ValueError(f"interval must be 1 or more, got {interval}")
+        self.interval = interval
+        self.line = ProgressLine(quiet=quiet or not is_main_process())
+        self._losses: list[Tensor] = []
+        self._images = 0
+        self._since = self._started = self._epoch_started = 0.0
+        self._first_iter = 0
+        self._validating = 0.0
+        self._last: dict[str, Any] = {}
+
+    def before_train(self, runner: Runner) -> None:
+        """Note where the run starts."""
+        self._started = time.perf_counter()
+        self._first_iter = runner.iter
+        kind = "resume" if runner.iter else "start"
+        parameters = sum(p.numel() for p in runner.model.parameters() if p.requires_grad)
+        images, batches = len(runner.train_dataloader.dataset), len(runner.train_dataloader)
+        facts = {"seed": runner.seed, "parameters": parameters, "images": images, "batches": batches}
+        self._write(runner, kind, runner.epoch, facts | {"epochs": runner.max_epochs, "processes": get_world_size()})
+        self._say(
+            runner,
+            f"{'resumed at epoch ' + str(runner.epoch + 1) if runner.iter else 'training'}: {parameters / 1e6:.2f} M "
+            f"parameters, {images} images, {batches} batches x {runner.max_epochs} epochs, seed {runner.seed}",
+        )
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Start the epoch's bar."""
+        self._since = self._epoch_started = time.perf_counter()
+        seen = runner.iter - runner.epoch * len(runner.train_dataloader)
+        self.line.begin(f"epoch {runner.epoch + 1}/{runner.max_epochs}", len(runner.train_dataloader), seen)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Keep the loss; close the window when it is full."""
+        self._losses.append(outputs["loss"].detach())
+        self._images += len(data_batch["inputs"]) * get_world_size()
+        ends = batch_idx + 1 == len(runner.train_dataloader)
+        if ends or (runner.iter + 1) % self.interval == 0:
+            self._close_window(runner)
+        self.line.step(self._summary())
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Say how the epoch went."""
+        self.line.end()
+        if self._last:
+            self._say(runner, f"epoch {runner.epoch + 1}/{runner.max_epochs}  {self._summary()}")
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Start the validation's bar."""
+        self._validating = time.perf_counter()
+        self.line.begin("validating", len(runner.val_dataloader))
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Start the test's bar."""
+        self.line.begin("testing", len(runner.test_dataloader))
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Look at the losses of an unfinished window before anything is saved."""
+        if self._losses:
+            _require_finite(torch.stack(self._losses).float().cpu(), runner)
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Move the bar."""
+        self.line.step()
+
+    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Move the bar."""
+        self.line.step()
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Log and show the figures."""
+        self.line.end()
+        self._figures(runner, "val", runner.epoch, metrics or {}, runner.val_loop.evaluator)
+
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Show the figures."""
+        self.line.end()
+        self._figures(runner, "test", 0, metrics or {}, runner.test_loop.evaluator)
+
+    def after_run(self, runner: Runner) -> None:
+        """Close the bar and TensorBoard's file."""
+        self.line.end()
+        runner.visualizer.close()
+
+    def _close_window(self, runner: Runner) -> None:
+        losses = torch.stack(self._losses).float()
+        all_reduce(losses, "mean")
+        values = losses.cpu()
+        _require_finite(values, runner)
+        now = time.perf_counter()
+        norm = getattr(runner.optim_wrapper, "grad_norm", None)
+        left = runner.max_iters - runner.iter - 1
+        self._last = {
+            "loss": values.double().mean().item(),
+            "lr": max(group["lr"] for group in runner.optim_wrapper.optimizer.param_groups),
+            "grad_norm": None if norm is None else float(norm),
+            "images_per_second": self._images / max(now - self._since, 1e-9),
+            "eta": (now - self._started) / (runner.iter + 1 - self._first_iter) * left,
+        }
+        self._losses, self._images, self._since = [], 0, now
+        self._write(runner, "train", runner.epoch + 1, self._last, runner.iter + 1)
+
+    def _summary(self) -> str:
+        if not self._last:
+            return ""
+        found = self._last
+        return (
+            f"loss {found['loss']:.4f}  lr {found['lr']:.2e}  {found['images_per_second']:.0f} img/s  "
+            f"eta {duration(found['eta'])}"
+        )
+
+    def _figures(self, runner: Runner, kind: str, epoch: int, metrics: dict[str, float], evaluator: Any) -> None:
+        if kind == "val":
+            self._write(runner, kind, epoch, metrics)
+        self._save_confusion(runner, kind, epoch, evaluator)
+        shown = "  ".join(
+            f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2f} %" for name, value in metrics.items()
+        )
+        self._say(runner, f"{'  ' if kind == 'val' else ''}{kind}  {shown}")
+
+    def _save_confusion(self, runner: Runner, kind: str, epoch: int, evaluator: Any) -> None:
+        for metric in evaluator.metrics:
+            matrix = getattr(metric, "confusion", None)
+            if matrix is not None and is_main_process():
+                classes = list((metric.dataset_meta or {}).get("classes", []))
+                found = {"kind": kind, "epoch": epoch, "classes": classes, "matrix": matrix.tolist()}
+                write_atomically(Path(runner.work_dir) / CONFUSION, json.dumps(found).encode())
+
+    def _write(
+        self, runner: Runner, kind: str, epoch: int, figures: dict[str, Any], iteration: int | None = None
+    ) -> None:
+        if not is_main_process():
+            return
+        iteration = runner.iter if iteration is None else iteration
+        record = {"kind": kind, "epoch": epoch, "iter": iteration, **figures, "time": time.time()}
+        with open(Path(runner.work_dir) / LOG, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        scalars = {f"{kind}/{name}": value for name, value in figures.items() if isinstance(value, float)}
+        if kind in ("train", "val") and all(math.isfinite(value) for value in scalars.values()):
+            runner.visualizer.add_scalars(scalars, step=iteration)
+
+    def _say(self, runner: Runner, text: str) -> None:
+        self.line.say(text)
+        runner.logger.info(text)
+
+
+def _require_finite(losses: Tensor, runner: Runner) -> None:
+    """Raise if one of the last losses, up to the present iteration, is not a number."""
+    bad = (~torch.isfinite(losses)).nonzero()
+    if len(bad):
+        iteration = runner.iter + 2 - len(losses) + int(bad[0])
+        raise FloatingPointError(
+            f"the loss is {losses[bad[0]].item()} at iteration {iteration} (epoch {runner.epoch + 1}): nothing of it "
+            "was saved. Resume from the last checkpoint with a lower learning rate, tighter clipping or dtype=float32"
+        )

@@ -1,0 +1,285 @@
+"""The entry points: train by a config, test a checkpoint. `vizoo train` and `vizoo test` are these functions."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from mmengine.config import Config
+from mmengine.dist import broadcast_object_list
+from mmengine.model import is_model_wrapper
+
+import vizoo
+
+from .checkpoint import BEST, POINTER, latest_checkpoint, write_atomically
+from .log import LOG
+from .settings import config_title, differences, load_config
+from .trainer import CONFIG, Trainer, pick_device
+
+RUNS = "runs"
+
+
+def train(
+    config: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    work_dir: str | Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    seed: int | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Train by a config. Under torchrun every process calls this.
+
+    Args:
+        config: Name of a config (`imagenet/swin_tiny_patch4_window7_224`), or path of one.
+        overrides: `key=value` settings that change single values.
+        work_dir: Folder for checkpoints and logs; None takes the next free `runs/<config>/<number>`, or the latest
+            such folder to resume in.
+        resume: Continue the run in that folder from its last whole checkpoint, exactly.
+        force: Start anew in a folder that holds a run; that run is moved aside, never deleted.
+        seed: Seed of everything random; None keeps the config's.
+        device: `auto`, `cpu`, `cuda` or `cuda:<n>`; None keeps the config's.
+        quiet: Show nothing.
+
+    Returns:
+        The folder: `config.py`, `log.jsonl`, `confusion.json`, `best.pth`, `epoch_<n>.pth`, TensorBoard's files.
+
+    Raises:
+        ValueError: Unknown config, bad values, nothing to resume, or resume together with force.
+        KeyError: A setting that the config does not have.
+        FileExistsError: The folder holds a run, and neither resume nor force is given.
+        FileNotFoundError: The data set is not there.
+        FloatingPointError: The loss is no longer finite.
+    """
+    if resume and force:
+        raise ValueError("resume continues the run, force starts anew: give one of them")
+    settings = load_config(config, overrides)
+    _put(settings, seed=seed, device=device, quiet=quiet)
+    with _processes(settings.get("device", "auto")):
+        folder = _agreed(lambda: _claim(Path(work_dir) if work_dir else None, config_title(config), resume, force))
+        settings.work_dir = str(folder)
+        start = _resume_point(folder) if resume else None
+        with _runner(settings, start) as runner, _plain_errors():
+            if runner.rank == 0:
+                _save_config(runner, folder, settings)
+            runner.train()
+    return folder
+
+
+def test(
+    config: str | Path,
+    checkpoint: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    work_dir: str | Path | None = None,
+    device: str | None = None,
+    quiet: bool = False,
+) -> dict[str, float]:
+    """Evaluate a checkpoint on a config's validation set.
+
+    Args:
+        config: As for `train`; a run's own `config.py` too.
+        checkpoint: A checkpoint that training wrote, or any that `vizoo.load_checkpoint` reads; None takes the
+            official weights of the config's model.
+        overrides: `key=value` settings.
+        work_dir: Folder for the log and `confusion.json`; None takes the next free `runs/test/<config>/<number>`.
+        device: As for `train`.
+        quiet: Show nothing.
+
+    Returns:
+        `top1` and `top5` in percent, and `loss`.
+
+    Raises:
+        ValueError: As for `train`; and a checkpoint whose classifier has other classes than the config's model.
+        FileNotFoundError: The checkpoint or the data set is not there.
+    """
+    settings = load_config(config, overrides)
+    _put(settings, device=device, quiet=quiet)
+    for name in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
+        settings[name] = None
+    settings.test_dataloader, settings.val_dataloader = settings.val_dataloader, None
+    settings.test_evaluator, settings.val_evaluator = settings.val_evaluator, None
+    settings.test_cfg, settings.val_cfg = {}, None
+    settings.custom_hooks, settings.load_from, settings.resume = [], None, False
+    settings.default_hooks.checkpoint = None
+    settings.default_hooks.param_scheduler = None
+    settings.model.backbone.pretrained = checkpoint is None
+    with _processes(settings.get("device", "auto")):
+        folder = _agreed(
+            lambda: _claim(Path(work_dir) if work_dir else None, f"test/{config_title(config)}", False, False)
+        )
+        settings.work_dir = str(folder)
+        with _runner(settings) as runner, _plain_errors():
+            if checkpoint is not None:
+                _load_weights(runner.model, checkpoint)
+            return {name: float(value) for name, value in runner.test().items()}
+
+
+def _load_weights(model: torch.nn.Module, checkpoint: str | Path) -> None:
+    classifier = model.module if is_model_wrapper(model) else model
+    report = vizoo.load_checkpoint(classifier.backbone, checkpoint)
+    if report.fresh or report.adapted:
+        what = "; ".join(f"{key} ({how})" for key, how in report.adapted.items()) or ", ".join(report.fresh)
+        raise ValueError(f"{checkpoint} does not hold the model of this config, so testing it says nothing: {what}")
+
+
+def _put(settings: Config, **values: Any) -> None:
+    """Settings that the entry points take as arguments; None leaves the config's."""
+    if values.get("seed") is not None:
+        settings.randomness.seed = values["seed"]
+    if values.get("device") is not None:
+        settings.device = values["device"]
+    if values.get("quiet"):
+        settings.default_hooks.logger.quiet = True
+    pick_device(settings.get("device", "auto"))
+
+
+@contextmanager
+def _processes(device: str) -> Iterator[None]:
+    """The process group of a torchrun job: NCCL between GPUs, gloo otherwise; nothing for a single process."""
+    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ or dist.is_initialized():
+        yield
+        return
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _agreed(decide: Any) -> Path:
+    """What the first process decides, in every process; its error, too."""
+    outcome: list[Any] = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome[0] = str(decide())
+        except Exception as error:  # noqa: BLE001 -- raised again below, in every process
+            outcome[1] = error
+    if dist.is_initialized():
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return Path(outcome[0])
+
+
+def _claim(work_dir: Path | None, title: str, resume: bool, force: bool) -> Path:
+    """The folder of the run, made ready: no file of another run is ever overwritten."""
+    if work_dir is None:
+        parent = Path(RUNS) / title
+        return _latest_run(parent) if resume else _next_free(parent)
+    if resume:
+        if not holds_run(work_dir):
+            raise ValueError(f"there is no run to resume in {work_dir}")
+        return work_dir
+    if holds_run(work_dir):
+        if not force:
+            raise FileExistsError(
+                f"{work_dir} holds a run: resume it, choose another folder, or force a new start there"
+            )
+        aside = next(
+            p for i in itertools.count(1) if not (p := work_dir.with_name(f"{work_dir.name}.old-{i}")).exists()
+        )
+        work_dir.rename(aside)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    return work_dir
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds the files of a run."""
+    return any((folder / name).exists() for name in (CONFIG, LOG, POINTER, BEST)) or any(folder.glob("*.pth"))
+
+
+def _numbered(parent: Path) -> list[int]:
+    found = parent.iterdir() if parent.is_dir() else ()
+    return sorted(int(path.name) for path in found if re.fullmatch(r"\d{3,}", path.name))
+
+
+def _next_free(parent: Path) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(max(_numbered(parent), default=0) + 1):
+        folder = parent / f"{number:03}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue  # another process took it between the look and the claim
+        return folder
+    raise AssertionError("unreachable: count() is endless")
+
+
+def _latest_run(parent: Path) -> Path:
+    for number in reversed(_numbered(parent)):
+        folder = parent / f"{number:03}"
+        if holds_run(folder):
+            return folder
+    raise ValueError(f"there is no run to resume in {parent}: train first, or name the folder of the run")
+
+
+def _resume_point(folder: Path) -> Path:
+    found = latest_checkpoint(folder)
+    if found is None:
+        raise ValueError(f"{folder} has no whole checkpoint to resume from; start anew in another folder")
+    return found
+
+
+def _save_config(runner: Trainer, folder: Path, settings: Config) -> None:
+    """Keep the resolved config with the run, and say which settings a resumed run has changed."""
+    saved = folder / CONFIG
+    if saved.is_file():
+        for line in differences(load_config(saved), settings):
+            if not line.startswith("work_dir:"):
+                runner.logger.warning(f"resumed with another setting: {line}")
+    write_atomically(saved, settings.pretty_text.encode())
+
+
+@contextmanager
+def _runner(settings: Config, resume_from: Path | None = None) -> Iterator[Trainer]:
+    """A Trainer, and its log files closed afterwards."""
+    settings = copy.deepcopy(settings)
+    # mmengine keeps loggers and hubs by name for the life of the process: no two runs may share one.
+    settings.experiment_name = f"{Path(settings.work_dir).name}-{uuid4().hex[:8]}"
+    settings.launcher = "pytorch" if dist.is_initialized() else "none"
+    if resume_from is not None:
+        settings.resume, settings.load_from = True, str(resume_from)
+        settings.model.backbone.pretrained = False
+    with _plain_errors():
+        runner = Trainer.from_cfg(settings)
+    try:
+        yield runner
+    finally:
+        runner.visualizer.close()
+        for handler in list(runner.logger.handlers):
+            if isinstance(handler, logging.FileHandler):
+                handler.close()
+                runner.logger.removeHandler(handler)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Errors as they were raised: mmengine re-raises each one with the class it was building in front."""
+    try:
+        yield
+    except Exception as error:
+        inner = error
+        while inner.__context__ is not None and str(inner).endswith(str(inner.__context__)) and str(inner.__context__):
+            context = inner.__context__
+            if not isinstance(context, Exception):
+                break
+            inner = context
+        if inner is error:
+            raise
+        raise inner from None
