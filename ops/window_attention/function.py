@@ -1,10 +1,23 @@
-"""Window attention as a torch operator."""
+"""Window attention as a torch operator: registration, fake tensors, gradients, and what the kernels support."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
 
-from .reference import window_attention_reference
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import tiles
+from .reference import known
+
+MAX_POSITIONS = 1024
+MAX_CHANNELS = 128
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TRITON_INSTALLED = find_spec("triton") is not None
 
 
 def unsupported_reasons(
@@ -17,8 +30,191 @@ def unsupported_reasons(
     shift: tuple[int, int],
     scale: float,
 ) -> list[str]:
-    """Why the kernels cannot take these arguments."""
-    return ["the kernels are not in this build"]
+    """Why the kernels cannot take these arguments; empty when they can."""
+    del bias, cosine_scale, padding, shift, scale  # any will do
+    reasons = _device_reasons(qkv.device)
+    if qkv.dtype not in DTYPES:
+        reasons.append(f"the kernels compute in float16, bfloat16 and float32, the input is {qkv.dtype}")
+    if known(window[0] * window[1] > MAX_POSITIONS):
+        reasons.append(f"a window may have {MAX_POSITIONS} positions, this has {window[0]} x {window[1]}")
+    if known(qkv.shape[5] > MAX_CHANNELS):
+        reasons.append(f"a head may have {MAX_CHANNELS} channels, this has {qkv.shape[5]}")
+    if known(qkv[0].numel() >= 2**31 if qkv.shape[0] else False):
+        reasons.append("one image of qkv may have 2**31 - 1 numbers, this has more")
+    return reasons
 
 
-window_attention_triton = window_attention_reference
+def _device_reasons(device: torch.device) -> list[str]:
+    if not TRITON_INSTALLED:
+        return ["triton is not installed"]
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return []
+    if device.type != "cuda" or torch.version.hip is not None:
+        return [f"the kernels need an NVIDIA GPU, the input is on {device.type}"]
+    major = torch.cuda.get_device_properties(device).major
+    return [] if major >= 8 else [f"the kernels need compute capability 8.0, this GPU has {major}.x"]
+
+
+def window_attention_triton(
+    qkv: Tensor,
+    bias: Tensor | None,
+    cosine_scale: Tensor | None,
+    padding: Tensor | None,
+    *,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """Computes what `vizoo.ops.window_attention` defines with the fused kernels."""
+    return _forward(qkv, bias, cosine_scale, padding, window, shift, scale)[0]
+
+
+# Triton is imported where a kernel is launched, so that importing the operators does not need it.
+
+
+@torch.library.custom_op(
+    "vizoo::window_attention",
+    mutates_args=(),
+    schema="(Tensor qkv, Tensor? bias, Tensor? cosine_scale, Tensor? padding, SymInt[] window, SymInt[] shift,"
+    " float scale) -> (Tensor, Tensor)",
+)
+def _forward(
+    qkv: Tensor,
+    bias: Tensor | None,
+    cosine_scale: Tensor | None,
+    padding: Tensor | None,
+    window: Sequence[int],
+    shift: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output, and the log-sum-exp of each query where the backward kernels need it (else empty)."""
+    from . import launch
+
+    out, lse = _forward_like(qkv, bias, cosine_scale, padding, window, shift, scale)
+    launch.forward(qkv, bias, cosine_scale, padding, out, lse, window, shift, scale)
+    return out, lse
+
+
+@_forward.register_fake
+def _forward_like(
+    qkv: Tensor,
+    bias: Tensor | None,
+    cosine_scale: Tensor | None,
+    padding: Tensor | None,
+    window: Sequence[int],
+    shift: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    B, H, W, _, heads, d = qkv.shape
+    whole = tiles.is_whole(window[0] * window[1], d, qkv.element_size())
+    return qkv.new_empty(B, H, W, heads, d), qkv.new_empty((0,) if whole else (B, heads, H, W), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "vizoo::window_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad_out, Tensor qkv, Tensor? bias, Tensor? cosine_scale, Tensor? padding, Tensor? out,"
+    " Tensor? lse, SymInt[] window, SymInt[] shift, float scale, bool bias_gradient, bool padding_gradient)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    bias: Tensor | None,
+    cosine_scale: Tensor | None,
+    padding: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
+    window: Sequence[int],
+    shift: Sequence[int],
+    scale: float,
+    bias_gradient: bool,
+    padding_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv, bias, cosine_scale and padding; empty where not asked for."""
+    from . import launch
+
+    return launch.backward(
+        grad_out, qkv, bias, cosine_scale, padding, out, lse, window, shift, scale, bias_gradient, padding_gradient
+    )
+
+
+@_backward.register_fake
+def _backward_like(
+    grad_out: Tensor,
+    qkv: Tensor,
+    bias: Tensor | None,
+    cosine_scale: Tensor | None,
+    padding: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
+    window: Sequence[int],
+    shift: Sequence[int],
+    scale: float,
+    bias_gradient: bool,
+    padding_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def like(tensor: Tensor | None, wanted: bool) -> Tensor:
+        if tensor is None or not wanted:
+            return qkv.new_empty(0)
+        return tensor.new_empty(tensor.shape)
+
+    grad_qkv = qkv.new_empty(qkv.shape)
+    return grad_qkv, like(bias, bias_gradient), like(cosine_scale, True), like(padding, padding_gradient)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, bias, cosine_scale, padding, ctx.window, ctx.shift, ctx.scale = inputs
+    out, lse = output
+    whole = lse.ndim == 1  # the backward kernels for whole windows recompute everything
+    ctx.save_for_backward(qkv, bias, cosine_scale, padding, None if whole else out, None if whole else lse)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    _, bias_gradient, cosine_gradient, padding_gradient, *_ = ctx.needs_input_grad
+    qkv, bias, cosine, padding = _backward(
+        grad_out, *ctx.saved_tensors, ctx.window, ctx.shift, ctx.scale, bias_gradient, padding_gradient
+    )
+    return (
+        qkv,
+        bias if bias_gradient else None,
+        cosine if cosine_gradient else None,
+        padding if padding_gradient else None,
+        None,
+        None,
+        None,
+    )
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def _products(qkv: Sequence[int], window: Sequence[int]) -> int:
+    """Operations of one matrix product over the logits of all windows."""
+    B, H, W, _, heads, d = qkv
+    n = window[0] * window[1]
+    return 2 * B * (-(-H // window[0])) * (-(-W // window[1])) * heads * n * n * d
+
+
+@register_flop_formula(torch.ops.vizoo.window_attention)
+def _forward_flops(
+    qkv: Sequence[int], bias: Any, cosine_scale: Any, padding: Any, window: Sequence[int], *args: Any, **kwargs: Any
+) -> int:
+    return 2 * _products(qkv, window)
+
+
+@register_flop_formula(torch.ops.vizoo.window_attention_backward)
+def _backward_flops(
+    grad_out: Any,
+    qkv: Sequence[int],
+    bias: Any,
+    cosine_scale: Any,
+    padding: Any,
+    out: Any,
+    lse: Any,
+    window: Sequence[int],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return 5 * _products(qkv, window)

@@ -1,0 +1,244 @@
+"""Allocates what the window attention kernels write and launches them. Imports triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import kernels, tiles
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What all kernels of one call share."""
+
+    qkv: Tensor
+    bias: Tensor | None
+    cosine_scale: Tensor | None
+    padding: Tensor | None
+    window: Sequence[int]
+    shift: Sequence[int]
+    scale: float
+
+    @property
+    def down(self) -> int:
+        return -(-self.qkv.shape[1] // self.window[0])
+
+    @property
+    def across(self) -> int:
+        return -(-self.qkv.shape[2] // self.window[1])
+
+    @property
+    def windows(self) -> int:
+        return self.qkv.shape[0] * self.down * self.across
+
+    @property
+    def positions(self) -> int:
+        return self.window[0] * self.window[1]
+
+    @property
+    def padded(self) -> bool:
+        _, H, W, *_ = self.qkv.shape
+        return self.down * self.window[0] > H or self.across * self.window[1] > W
+
+    @property
+    def is_whole(self) -> bool:
+        return tiles.is_whole(self.positions, self.qkv.shape[5], self.qkv.element_size())
+
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        return self.qkv, self.bias, self.cosine_scale, self.padding
+
+    def sizes(self) -> tuple[Any, ...]:
+        return self.scale, self.qkv.shape[1], self.qkv.shape[2], self.down, self.across
+
+    def constants(self, tile: tiles.Tile) -> dict[str, Any]:
+        _, _, _, _, heads, d = self.qkv.shape
+        return {
+            "HEADS": heads,
+            "D": d,
+            "BLOCK_D": tiles.power_of_two(d),
+            "WH": self.window[0],
+            "WW": self.window[1],
+            "SH": self.shift[0],
+            "SW": self.shift[1],
+            "COSINE": self.cosine_scale is not None,
+            "PADDED": self.padded and self.padding is not None,
+            "PRECISION": "tf32x3" if self.qkv.dtype == torch.float32 else "tf32",  # halves have but one precision
+            "STAGES": tile.stages,
+            "num_warps": tile.warps,
+        }
+
+
+def forward(
+    qkv: Tensor,
+    bias: Tensor | None,
+    cosine_scale: Tensor | None,
+    padding: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window: Sequence[int],
+    shift: Sequence[int],
+    scale: float,
+) -> None:
+    """Writes the output, and for large windows the log-sum-exp."""
+    if out.numel() == 0:
+        return
+    call = _Call(*_contiguous(qkv, bias, cosine_scale, padding), window, shift, scale)
+    heads = qkv.shape[4]
+    with _on(qkv.device):
+        if call.is_whole:
+            tile = tiles.whole(call.positions, backward=False)
+            grid = (heads, _programs(call, tile, parts=False))
+            kernels.whole_forward[grid](
+                *call.inputs(), out, *call.sizes(), call.windows,
+                BLOCK=tile.queries, HAS_BIAS=bias is not None, **call.constants(tile),
+            )  # fmt: skip
+        else:
+            tile = tiles.tiled(qkv.shape[5], qkv.element_size())
+            grid = (call.windows * heads, -(-call.positions // tile.queries))
+            kernels.tiled_forward[grid](
+                *call.inputs(), out, lse, *call.sizes(),
+                BLOCK_M=tile.queries, BLOCK_N=tile.keys, HAS_BIAS=bias is not None, **call.constants(tile),
+            )  # fmt: skip
+
+
+def backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    bias: Tensor | None,
+    cosine_scale: Tensor | None,
+    padding: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
+    window: Sequence[int],
+    shift: Sequence[int],
+    scale: float,
+    bias_gradient: bool,
+    padding_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv, bias, cosine_scale and padding; empty where not asked for.
+
+    Programs write their sums of what all windows share side by side, and torch adds them up: one order, no atomics.
+    """
+    call = _Call(*_contiguous(qkv, bias, cosine_scale, padding), window, shift, scale)
+    grad_qkv = torch.empty_like(call.qkv)
+    bias_parts = cosine_parts = padding_parts = None
+    if qkv.numel():
+        grad_out = grad_out.contiguous()
+        padding_gradient_parts = padding_gradient and call.padded
+        with _on(qkv.device):
+            if out is None or lse is None:
+                parts = _whole_backward(call, grad_out, grad_qkv, bias_gradient, padding_gradient_parts)
+            else:
+                parts = _tiled_backward(call, grad_out, out, lse, grad_qkv, bias_gradient, padding_gradient_parts)
+        bias_parts, cosine_parts, padding_parts = parts
+    return (
+        grad_qkv,
+        _total(bias_parts, bias if bias_gradient else None, qkv),
+        _total(cosine_parts, cosine_scale, qkv),
+        _total(padding_parts, padding if padding_gradient else None, qkv),
+    )
+
+
+Parts = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _whole_backward(
+    call: _Call, grad_out: Tensor, grad_qkv: Tensor, bias_gradient: bool, padding_gradient: bool
+) -> Parts:
+    tile = tiles.whole(call.positions, backward=True)
+    programs = _programs(call, tile, parts=bias_gradient)
+    bias_parts, cosine_parts, padding_parts = _parts(call, programs, programs, bias_gradient, padding_gradient)
+    kernels.whole_backward[(call.qkv.shape[4], programs)](
+        grad_out, *call.inputs(), grad_qkv, bias_parts, cosine_parts, padding_parts, *call.sizes(), call.windows,
+        BLOCK=tile.queries, HAS_BIAS=call.bias is not None, BIAS_GRADIENT=bias_gradient,
+        PADDING_GRADIENT=padding_gradient, **call.constants(tile),
+    )  # fmt: skip
+    return bias_parts, cosine_parts, padding_parts
+
+
+def _tiled_backward(
+    call: _Call,
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_qkv: Tensor,
+    bias_gradient: bool,
+    padding_gradient: bool,
+) -> Parts:
+    tile = tiles.tiled(call.qkv.shape[5], call.qkv.element_size())
+    across_queries, across_keys = -(-call.positions // tile.queries), -(-call.positions // tile.keys)
+    heads, programs = call.qkv.shape[4], _programs(call, tile, parts=True)
+    bias_parts, cosine_parts, _ = _parts(call, programs, call.windows * across_queries, bias_gradient, False)
+    _, _, padding_parts = _parts(call, 0, call.windows * across_keys, False, padding_gradient)
+    delta = torch.empty_like(lse)
+    constants = {"BLOCK_M": tile.queries, "BLOCK_N": tile.keys, **call.constants(tile)}
+    has_bias = call.bias is not None
+    kernels.tiled_backward_queries[(call.windows * heads, across_queries)](
+        grad_out, *call.inputs(), out, lse, delta, grad_qkv, cosine_parts, *call.sizes(),
+        HAS_BIAS=has_bias, **constants,
+    )  # fmt: skip
+    kernels.tiled_backward_keys[(call.windows * heads, across_keys)](
+        grad_out, *call.inputs(), lse, delta, grad_qkv, padding_parts, *call.sizes(),
+        HAS_BIAS=has_bias, PADDING_GRADIENT=padding_gradient, **constants,
+    )  # fmt: skip
+    if bias_gradient:
+        kernels.tiled_backward_bias[(heads * across_queries * across_keys, programs)](
+            grad_out, *call.inputs(), lse, delta, bias_parts, *call.sizes(), call.windows, **constants
+        )
+    return bias_parts, cosine_parts, padding_parts
+
+
+def _parts(call: _Call, bias: int, rest: int, bias_gradient: bool, padding_gradient: bool) -> Parts:
+    """Room for so many parts of the gradient of the bias, and of the gradients of the cosine scale and padding."""
+    heads, d = call.qkv.shape[4:]
+
+    def empty(*shape: int) -> Tensor:
+        return call.qkv.new_empty(shape, dtype=torch.float32)
+
+    return (
+        empty(bias, heads, call.positions, call.positions) if bias_gradient else None,
+        None if call.cosine_scale is None else empty(rest, heads),
+        empty(rest, 2, heads, d) if padding_gradient else None,
+    )
+
+
+def _total(parts: Tensor | None, like: Tensor | None, empty: Tensor) -> Tensor:
+    """Sum of the parts in the shape of the tensor they are the gradient of; keys and values come after queries."""
+    if like is None:
+        return empty.new_empty(0)
+    total = like.new_zeros(like.shape)
+    if parts is not None:
+        total[-parts.shape[1] :] = parts.sum(0)
+    return total
+
+
+def _programs(call: _Call, tile: tiles.Tile, parts: bool) -> int:
+    """Programs for each head of a kernel that loops over windows, each with about the same number of them.
+
+    Where each program leaves a part of the bias gradient, all parts stay below 4 % of what the call reads and writes,
+    or there is one program for each multiprocessor.
+    """
+    heads, processors = call.qkv.shape[4], tiles.multiprocessors(call.qkv.device)
+    most = processors * tile.per_sm // heads
+    if parts:
+        traffic = 8 * call.qkv.nbytes // 3  # qkv, its gradient, the output and its gradient
+        most = min(most, max(processors // heads, traffic // (25 * 4 * heads * call.positions**2)))
+    rounds = -(-call.windows // max(1, most))
+    return -(-call.windows // rounds)
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current GPU."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

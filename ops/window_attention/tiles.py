@@ -1,0 +1,58 @@
+"""Launch parameters of the window attention kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+WHOLE_LIMIT = 64
+"""Largest window, in positions, whose logits one tile holds."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel is launched.
+
+    Attributes:
+        queries: Queries of a tile.
+        keys: Keys of a tile.
+        warps: Warps of a program.
+        stages: Loop iterations whose loads are in flight at once.
+        per_sm: Programs for each multiprocessor, of kernels that loop over windows.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    per_sm: int
+
+
+def power_of_two(n: int) -> int:
+    """Smallest power of two that is at least n, and at least 16, the least a matrix unit takes."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def is_whole(n: int, d: int, itemsize: int) -> bool:
+    """Whether one tile holds all logits of a window of n positions, beside its vectors of d channels."""
+    return n <= WHOLE_LIMIT and power_of_two(d) * itemsize <= 256
+
+
+def whole(n: int, backward: bool) -> Tile:
+    """Tile of the kernels that hold a window of n positions at once."""
+    side = power_of_two(n)
+    return Tile(side, side, warps=4, stages=1 if backward else 2, per_sm=4)
+
+
+def tiled(d: int, itemsize: int) -> Tile:
+    """Tile of the kernels that walk over a window, small enough for 99 KiB of shared memory."""
+    side = 64 if power_of_two(d) * itemsize <= 256 else 32
+    return Tile(side, side, warps=4, stages=1, per_sm=4)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 for a CPU, where the interpreter stands in for one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
