@@ -23,17 +23,17 @@ METADATA = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 # Runs with the unpacked wheel and the installed dependencies, without the .pth files that make the checkout importable.
 IN_WHEEL = """
-import importlib.resources, pkgutil, sys
+import importlib.resources
 import vizoo
 assert vizoo.__file__.startswith({wheel!r}), vizoo.__file__
 names = vizoo.list_models("swin*")
 assert "swin_tiny_patch4_window7_224" in names
 model = vizoo.create_model(names[0], depths=(1, 1, 1, 1), embed_dim=12, num_heads=(1, 2, 4, 8), num_classes=3)
-found = [m.name for m in pkgutil.walk_packages(vizoo.__path__, "vizoo.")]
 configs = importlib.resources.files("vizoo.configs")
-runs = [f for folder in configs.iterdir() if folder.is_dir() for f in folder.iterdir() if f.name.endswith(".py")]
-assert any("Run" in f.read_text() or "dict(" in f.read_text() for f in runs), runs
-print(len(names), "models,", len(found), "modules,", len(runs), "configs")
+runs = sorted(str(path) for path in configs.glob("*/*.py") if not path.name.startswith("_"))
+from mmengine.config import Config
+assert "model" in Config.fromfile(runs[0])
+print(len(names), "models,", len(runs), "configs")
 """
 
 
