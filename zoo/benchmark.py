@@ -1,7 +1,8 @@
 """Measures speed and memory of models with torch alone: images per second, and the most memory a step takes.
 
-One step is a whole one: `model(images)` under `inference_mode`, or forward, loss, backward and an AdamW update. Steps are
-warmed up, then timed one by one; the median counts, and half the interquartile range beside it says how far to trust it.
+One step is a whole one: `model(images)` under `inference_mode`, or forward, loss, backward and an AdamW update. Steps
+are warmed up, then timed one by one; the median counts, and half the interquartile range beside it says how far to
+trust it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from vizoo.backbones.base import nearest
 
 from .create import create_model
+from .environment import device_name
 
 Mode = Literal["inference", "training"]
 Execution = Literal["eager", "compiled"]
@@ -61,7 +63,8 @@ class Measurement:
         model: Its name.
         mode: `inference` or `training`.
         execution: `eager` or `compiled`.
-        device: Name of the device.
+        device: Name of the hardware.
+        threads: CPU threads torch may use.
         dtype: Type computed in; anything but float32 by autocast.
         batch_size: Images per step.
         img_size: Height and width of an image.
@@ -69,8 +72,8 @@ class Measurement:
         images_per_second: Batch size over the median step; NaN where it failed.
         milliseconds: Median step; NaN where it failed.
         spread: Half the interquartile range over the median.
-        peak_memory: Bytes at the step's highest point, on a GPU all that torch allocated, on the CPU what the process
-            grew by since before the model was built; None where that cannot be told.
+        peak_memory: Bytes at the step's highest point beyond what was in use before the model was built: on a GPU as
+            torch's allocator counts, on the CPU as the process grew; None where that cannot be told.
         error: Why it failed; empty if it did not.
     """
 
@@ -78,6 +81,7 @@ class Measurement:
     mode: Mode
     execution: Execution
     device: str
+    threads: int
     dtype: str
     batch_size: int
     img_size: tuple[int, int]
@@ -116,7 +120,8 @@ def benchmark(
         batch_size: Images per step.
         img_size: Side of the images; None takes the model's own (224 for a module without `default_cfg`).
         device: Where to run; None takes a GPU if there is one.
-        dtype: `float32`, `bfloat16` or `float16`, the latter two by autocast; None takes bfloat16 on a GPU, else float32.
+        dtype: `float32`, `bfloat16` or `float16`, the latter two by autocast; None takes bfloat16 on a GPU, else
+            float32.
         steps: Timed steps.
         warmup: Steps before them; compiling happens there.
 
@@ -139,6 +144,7 @@ def benchmark(
         "mode": mode,
         "execution": "compiled" if compiled else "eager",
         "device": device_name(place),
+        "threads": torch.get_num_threads(),
         "dtype": dtype,
         "batch_size": batch_size,
         "img_size": sides,
@@ -269,10 +275,12 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.before = 0
-        if device.type == "cpu":
-            gc.collect()
+        gc.collect()
+        if device.type == "cuda":
+            self.before = torch.cuda.memory_allocated(device)
+        elif device.type == "cpu":
             _trim_heap()
-            self.before = _status_kib("VmRSS") or 0
+            self.before = (_status_kib("VmRSS") or 0) * 1024
 
     def of(self, step: Step) -> int | None:
         """Bytes at the highest point of one step; None where the system does not tell."""
@@ -280,12 +288,12 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             step()
             torch.cuda.synchronize(self.device)
-            return torch.cuda.max_memory_allocated(self.device)
+            return torch.cuda.max_memory_allocated(self.device) - self.before
         if self.device.type != "cpu" or not _reset_peak_resident():
             return None
         step()
         peak = _status_kib("VmHWM")
-        return None if peak is None else max(0, peak - self.before) * 1024
+        return None if peak is None else max(0, peak * 1024 - self.before)
 
 
 def _trim_heap() -> None:
@@ -340,26 +348,6 @@ def choose_dtype(dtype: str | None, device: torch.device) -> str:
     return dtype
 
 
-def device_name(device: torch.device) -> str:
-    """What the hardware calls itself; for a CPU with the number of threads used."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    count = torch.get_num_threads()
-    return f"{cpu_name()}, {count} thread{'s' if count > 1 else ''}"
-
-
-def cpu_name() -> str:
-    """Model name of the processor; `CPU` where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "CPU"
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next((name for name in names if name and name != "unknown"), "CPU")
-
-
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Use this many threads on the CPU, and the former number afterwards."""
@@ -374,7 +362,8 @@ def threads(count: int) -> Iterator[None]:
 def _build(model: str | nn.Module, img_size: int | None) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
-    return create_model(model, **({"img_size": img_size} if img_size else {}))
+    overrides: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    return create_model(model, **overrides)
 
 
 def _default_sides(model: nn.Module) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """Classify images with a model: preprocessing from the model's own record, batches, names and probabilities.
 
-    classifier = vizoo.predict.load_classifier("swin_tiny_patch4_window7_224")
-    for prediction in classifier.predict(vizoo.predict.find_images(["photos"])):
-        print(prediction.path, prediction.classes[0], prediction.probabilities[0])
+classifier = vizoo.predict.load_classifier("swin_tiny_patch4_window7_224")
+for prediction in classifier.predict(vizoo.predict.find_images(["photos"])):
+    print(prediction.path, prediction.classes[0], prediction.probabilities[0])
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from vizoo.weights.reader import read_state_dict
 
 from .checkpoint import load_checkpoint
 from .create import create_model
+from .registry import resolve
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _PREPROCESS = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 OnError = Callable[[Path, Exception], None]
@@ -97,7 +97,7 @@ class Classifier:
         for path in map(Path, images):
             try:
                 yield path, transform(load_image(path))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError) as error:  # noqa: PERF203 -- decoding costs far more than a try
                 if on_error is None:
                     raise
                 on_error(path, error)
@@ -153,7 +153,8 @@ def load_classifier(
     if checkpoint is None:
         if name is None:
             raise ValueError("name a model, or pass a checkpoint that says which model it is of")
-        model, meta = create_model(name, pretrained=True, **overrides), {}
+        model = create_model(name, pretrained=True, **overrides)
+        meta: dict[str, Any] = {}
     else:
         model, meta = _from_checkpoint(name, Path(checkpoint), overrides)
     if model.num_classes == 0:
@@ -181,10 +182,10 @@ def _from_checkpoint(name: str | None, path: Path, overrides: dict[str, Any]) ->
 
 def _stored_classes(path: Path, name: str) -> int:
     """Outputs of the classifier in a checkpoint, so that it keeps its own classes; 0 where it holds none."""
-    with torch.device("meta"):
-        classifier = create_model(name).classifier_name
-    state = read_state_dict(path)
-    heads = [value.shape[0] for key, value in state.items() if key.endswith(f"{classifier}.bias")]
+    family = resolve(name).family
+    state = {key.removeprefix("backbone."): value for key, value in read_state_dict(path).items()}
+    layout = family.layout_of(state)
+    heads = [value.shape[0] for key, value in state.items() if layout.translate(key) == f"{family.classifier}.bias"]
     return heads[0] if heads else 0
 
 
@@ -221,17 +222,13 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
     Raises:
         FileNotFoundError: A path does not exist, or a folder holds no image.
     """
+    from . import images
+
     found: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            if not inside:
-                raise FileNotFoundError(f"{path} holds no image; known suffixes: {', '.join(IMAGE_SUFFIXES)}")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
+        if not path.exists():
             raise FileNotFoundError(f"there is no image or folder at {path}{_neighbour(path)}")
+        found += images.find_images(path)
     return found
 
 

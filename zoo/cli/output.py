@@ -1,0 +1,61 @@
+"""What commands print: tables for people, JSON and CSV for programs, and messages beside the output."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+_UNBOUNDED = 10_000  # columns; a table must not be cut off where no terminal limits it
+
+
+def console() -> Console:
+    """Standard output; neither colours nor a limit of width where it is not a terminal."""
+    return Console(width=None if sys.stdout.isatty() else _UNBOUNDED, highlight=False)
+
+
+def say(text: str) -> None:
+    """Print one line of plain text."""
+    console().print(escape(text), soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Print one line to standard error, where it does not mix with results."""
+    print(text, file=sys.stderr)
+
+
+def print_table(columns: Mapping[str, str], rows: Iterable[Sequence[str]], *, title: str = "") -> None:
+    """Print a table.
+
+    Args:
+        columns: Heading to justification, `left` or `right`; left ones are folded rather than cut off.
+        rows: Cells.
+        title: Printed above; empty for none.
+    """
+    table = Table(box=box.SIMPLE_HEAD, title=escape(title) or None, title_justify="left", pad_edge=False)
+    for heading, justify in columns.items():
+        table.add_column(heading, justify="right" if justify == "right" else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console().print(table)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
+    json.dump(value, sys.stdout, indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    sys.stdout.write("\n")
+
+
+def print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows with the same keys as CSV, with a heading."""
+    if rows:
+        writer = csv.DictWriter(sys.stdout, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
