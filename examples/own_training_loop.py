@@ -15,7 +15,7 @@ from timm.optim import param_groups_layer_decay
 
 import vizoo
 
-EPOCHS, BATCH = 4, 32
+EPOCHS, BATCH = 3, 32
 
 torch.manual_seed(0)
 digits = load_digits()
