@@ -129,6 +129,7 @@ class Family:
         paper: Title, venue and arXiv number.
         layouts: Known checkpoint layouts; the first is the official one and also ours.
         bias_tables: Pattern of relative position bias tables ((2w-1)^2, heads), resized when the window differs.
+        tiny: Overrides that make any variant run in milliseconds, for tests and experiments.
         stem: Name of the convolution whose input channels are adapted.
         classifier: Name of the last linear layer.
     """
@@ -143,6 +144,7 @@ class Family:
     stem: str
     classifier: str = "head"
     bias_tables: str | None = None
+    tiny: Mapping[str, Any] = field(default_factory=dict)
 
     def layout_of(self, keys: Iterable[str]) -> CheckpointLayout:
         """The layout that a checkpoint's keys are written in; the official one where no marker is found."""

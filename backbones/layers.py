@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Context in which autocast leaves dtypes alone; for arithmetic whose range half precision cannot hold."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()  # such as the meta device, on which sizes are counted
 
 
 class DropPath(nn.Module):
@@ -47,12 +56,10 @@ class Mlp(nn.Module):
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zero-pad an image (B, C, H, W) at the bottom and right until `multiple` divides both sides."""
-    bottom, right = -x.shape[2] % multiple, -x.shape[3] % multiple
-    if (
-        isinstance(bottom, int)
-        and isinstance(right, int)
-        and not torch.compiler.is_compiling()
-        and bottom == right == 0
-    ):
-        return x
-    return F.pad(x, (0, right, 0, bottom))
+    height, width = x.shape[2:]
+    return F.pad(x, (0, round_up(width, multiple) - width, 0, round_up(height, multiple) - height))
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The next multiple. Written so that a padded size simplifies to it where sizes are symbolic."""
+    return (size + multiple - 1) // multiple * multiple

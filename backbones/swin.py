@@ -1,15 +1,15 @@
 """Swin Transformer: a pyramid of blocks whose attention stays inside windows that shift from block to block.
 
-Paper: Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021, arXiv 2103.14030.
-Official code: microsoft/Swin-Transformer at f82860b (MIT), for dense tasks SwinTransformer/Swin-Transformer-Object-Detection
-at c7b2011 (backbone file MIT).
+Paper: Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021,
+arXiv 2103.14030. Official code: microsoft/Swin-Transformer at f82860b (MIT), for dense tasks
+SwinTransformer/Swin-Transformer-Object-Detection at c7b2011 (backbone file MIT).
 
 What differs from the official code, and why:
 
 - One class serves classification and dense tasks. A map that windows do not divide is padded behind the block's first
   norm, as the official dense version does; padded positions are ordinary keys made of the projection's bias.
-- A stage whose map's smaller side does not exceed its window is not shifted, judged at run time. This gives the official
-  classifier at the size it was built for and the official dense version wherever the map is larger than the window.
+- A stage whose map's smaller side does not exceed its window is not shifted, judged at run time. This gives the
+  official classifier at the size it was built for and the official dense version wherever the map exceeds the window.
 - Shift masks and index tables are computed, never stored.
 """
 
@@ -184,11 +184,12 @@ class SwinBlock(nn.Module):
 
 
 def gather_cells(x: Tensor) -> Tensor:
-    """Each 2 x 2 cell's pixels along channels, in column-major order: (B, H, W, C) to (B, H/2, W/2, 4C), odd sides padded."""
-    x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+    """Pixels of each 2 x 2 cell along channels, by columns: (B, H, W, C) to (B, H/2, W/2, 4C); odd sides are padded."""
     batch, height, width, channels = x.shape
-    x = x.view(batch, height // 2, 2, width // 2, 2, channels)
-    return x.permute(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * channels)
+    rows, columns = (height + 1) // 2, (width + 1) // 2
+    x = F.pad(x, (0, 0, 0, 2 * columns - width, 0, 2 * rows - height))
+    x = x.view(batch, rows, 2, columns, 2, channels)
+    return x.permute(0, 1, 3, 4, 2, 5).reshape(batch, rows, columns, 4 * channels)
 
 
 class PatchMerging(nn.Module):
@@ -283,14 +284,14 @@ class Swin(Backbone):
         return self.norm(x)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """One layer per block, numbered through all stages; patch merging goes with the last block before it."""
+        """One layer per block, numbered through all stages; patch merging goes with the last block before it.
+
+        The final norm goes with the classifier, as in the authors' fine-tuning code (timm puts it with the last block).
+        """
         if coarse:
-            return {"stem": r"^patch_embed", "blocks": [(r"^layers\.(\d+)", None), (r"^norm", (99999,))]}
+            return {"stem": r"^patch_embed", "blocks": [(r"^layers\.(\d+)", None)]}
         merging = [(rf"^layers\.{i}\.downsample", (i, depth - 1)) for i, depth in enumerate(self.config.depths)]
-        return {
-            "stem": r"^patch_embed",
-            "blocks": [*merging, (r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^norm", (99999,))],
-        }
+        return {"stem": r"^patch_embed", "blocks": [*merging, (r"^layers\.(\d+)\.blocks\.(\d+)", None)]}
 
 
 TIMM_LAYOUT = CheckpointLayout(
@@ -485,5 +486,6 @@ FAMILY = Family(
     paper="Swin Transformer: Hierarchical Vision Transformer using Shifted Windows, ICCV 2021, arXiv 2103.14030",
     layouts=(OFFICIAL_LAYOUT, TIMM_LAYOUT),
     stem="patch_embed.proj",
+    tiny={"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 2, 4)},
     bias_tables=r"relative_position_bias_table$",
 )

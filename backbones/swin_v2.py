@@ -1,14 +1,14 @@
-"""Swin Transformer V2: norms at the end of each branch, cosine attention, and a bias that a small MLP draws from offsets.
+"""Swin Transformer V2: norms at the end of each branch, cosine attention, and a bias that an MLP draws from offsets.
 
 Paper: Liu et al., "Swin Transformer V2: Scaling Up Capacity and Resolution", CVPR 2022, arXiv 2111.09883.
 Official code: microsoft/Swin-Transformer at f82860b (MIT), `models/swin_transformer_v2.py`.
 
 What differs from the official code, and why:
 
-- Maps that windows do not divide are padded with zeros before the block, as Swin V1's dense version does behind its norm;
-  the official code refuses them. Padded keys are zero vectors (keys have no bias), so their cosine is 0.
-- The bias exists for any window, so the window of a stage is the smaller one of the configured side and the map's smaller
-  side, judged at run time. This is the official model built for that very image size.
+- Maps that windows do not divide are padded with zeros before the block, as Swin V1's dense version does behind its
+  norm; the official code refuses them. Padded keys are zero vectors (keys have no bias), so their cosine is 0.
+- The bias exists for any window, so the window of a stage is the smaller one of the configured side and the map's
+  smaller side, judged at run time. This is the official model built for that very image size.
 - Logit scale, bias MLP and normalisation stay in float32 under autocast; half precision is a known cause of divergence.
 """
 
@@ -26,6 +26,7 @@ from vizoo.ops import window_attention
 from vizoo.weights.record import Weights
 
 from .base import Family, Variant, init_linear
+from .layers import without_autocast
 from .swin import (
     OFFICIAL_LAYOUT,
     TIMM_LAYOUT,
@@ -70,7 +71,8 @@ def log_coordinates(window: int, pretrained: int, device: torch.device) -> Tenso
         ((2 window - 1)^2, 2) float32, vertical component first; +-1 at the pretraining window's border.
     """
     offset = torch.arange(1 - window, window, device=device, dtype=torch.float32)
-    t = offset * (8.0 / ((pretrained or window) - 1))
+    reach = pretrained - 1 if pretrained else torch.sym_max(window - 1, 1)  # a window of one position has offset 0 only
+    t = offset * (8.0 / reach)
     t = torch.sign(t) * torch.log2(t.abs() + 1) / 3.0
     side = 2 * window - 1
     return torch.stack([t[:, None].expand(side, side), t[None, :].expand(side, side)], dim=-1).flatten(0, 1)
@@ -103,7 +105,7 @@ class CosineWindowAttention(nn.Module):
         window = torch.sym_min(self.window_size, torch.sym_min(height, width))
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, qkv_bias)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             bias = self.bias(window)
             scale = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp().flatten()
         out = window_attention(
@@ -222,4 +224,5 @@ FAMILY = Family(
     paper="Swin Transformer V2: Scaling Up Capacity and Resolution, CVPR 2022, arXiv 2111.09883",
     layouts=(OFFICIAL_LAYOUT, TIMM_LAYOUT),
     stem="patch_embed.proj",
+    tiny={"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 2, 4)},
 )

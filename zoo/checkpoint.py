@@ -121,7 +121,7 @@ def _read(source: str | Path | Weights | Mapping[str, Tensor]) -> tuple[dict[str
 
 
 def _unwrap(state: dict[str, Tensor], model: Backbone) -> dict[str, Tensor]:
-    """Strip the prefix of a wrapper (DDP, compile, a training wrapper) where no key of the model is found without it."""
+    """Strip the prefix of a wrapper (DDP, compile, training) where no key of the model is found without it."""
     own = set(model.state_dict())
     for prefix in _WRAPPERS:
         inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""The names of the zoo: collects every family in `vizoo.backbones` on first use, and finds variants and weights by name."""
+"""The names of the zoo: collects every family in `vizoo.backbones` on first use, and finds variants and weights."""
 
 from __future__ import annotations
 
@@ -85,9 +85,8 @@ def resolve(name: str) -> Resolved:
         raise ValueError(f"unknown model {name!r}; {nearest(base, variants())}")
     family, variant = variants()[base]
     if tag and tag not in variant.weights:
-        raise ValueError(
-            f"{base} has no weights tagged {tag!r}; {nearest(tag, variant.weights) if variant.weights else 'it has none'}"
-        )
+        hint = nearest(tag, variant.weights) if variant.weights else "none are published"
+        raise ValueError(f"{base} has no weights tagged {tag!r}; {hint}")
     return Resolved(family, base, variant, tag or variant.default_tag, bool(tag))
 
 

@@ -1,4 +1,4 @@
-"""What the official code computes is what the zoo computes, for the same parameters, through the path of real checkpoints."""
+"""What the official code computes is what the zoo computes, loaded through the path that real checkpoints take."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from types import ModuleType
 
 import pytest
 import torch
-import vizoo
 from torch import Tensor
+
+import vizoo
 from vizoo.registry import resolve, variants
 
 COPIES = Path(__file__).resolve().parents[1] / "parity"

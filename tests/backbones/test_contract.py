@@ -1,0 +1,242 @@
+"""Every family keeps the contract of `vizoo.backbones.base`, at a tiny size, for images that nothing divides."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+import vizoo
+from vizoo.registry import families
+
+FAMILIES = sorted(families())
+SIZES = [(32, 32), (37, 61), (64, 96), (101, 33)]
+
+
+def tiny(family: str, **options: Any) -> vizoo.Backbone:
+    """A small model of a family, with weights that make every branch matter."""
+    chosen = families()[family]
+    name = next(iter(chosen.variants))
+    model = vizoo.create_model(name, **{"num_classes": 5, **chosen.tiny, **options})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def image(*size: int, channels: int = 3, batch: int = 2) -> Tensor:
+    return torch.randn(batch, channels, *size)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_features_have_the_declared_shapes(family: str, size: tuple[int, int]) -> None:
+    model = tiny(family)
+    maps = model.features(image(*size))
+    for stage, y in zip(model.stages, maps, strict=True):
+        assert y.shape == (2, stage.channels, -(-size[0] // stage.stride), -(-size[1] // stage.stride))
+    assert model(image(*size)).shape == (2, 5)
+
+
+def test_eval_is_deterministic_and_leaves_the_model_unchanged(family: str) -> None:
+    model, x = tiny(family, drop_path_rate=0.5), image(37, 61)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
+    assert torch.equal(model(x), model(x))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    for name, module in model.named_modules():
+        assert vars(module).keys() == attributes[name].keys(), name
+
+
+def test_images_do_not_influence_each_other(family: str) -> None:
+    model, x = tiny(family), image(37, 61, batch=3)
+    torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-4, atol=1e-5)
+
+
+def test_every_parameter_gets_a_gradient(family: str) -> None:
+    model = tiny(family).train()
+    model(image(64, 96)).square().mean().backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+def test_drop_path_acts_in_training_only(family: str) -> None:
+    model, x = tiny(family, drop_path_rate=0.9), image(64, 64)
+    assert not torch.equal(model.train()(x), model(x))
+    assert torch.equal(model.eval()(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_training_under_autocast_has_no_nan(family: str, dtype: torch.dtype) -> None:
+    model = tiny(family).train()
+    with torch.autocast("cpu", dtype=dtype):
+        out = model(image(64, 48))
+    out.float().square().mean().backward()
+    assert torch.isfinite(out).all()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(family: str) -> None:
+    model, x = tiny(family, drop_path_rate=0.0).train(), image(64, 64)
+    model(x).sum().backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    model(x).sum().backward()
+    for want, parameter in zip(plain, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, want)
+
+
+def test_other_channels_and_no_classes(family: str) -> None:
+    model = tiny(family, in_chans=1, num_classes=0)
+    assert model(image(40, 40, channels=1)).shape == (2, model.num_features)
+    with pytest.raises(ValueError, match=r"expected 1 channels on axis 1 \(B, C, H, W\), got shape \(2, 3, 40, 40\)"):
+        model(image(40, 40))
+
+
+def test_reset_classifier(family: str) -> None:
+    model = tiny(family)
+    model.reset_classifier(7)
+    assert model(image(40, 40)).shape == (2, 7)
+    assert model.get_classifier().out_features == 7
+    model.reset_classifier(0, global_pool="")
+    assert torch.equal(model(image(40, 40, batch=1)[:0]), model.forward_features(image(40, 40, batch=1)[:0]))
+    with pytest.raises(ValueError, match="num_classes must be 0 or more, got -1"):
+        model.reset_classifier(-1)
+    with pytest.raises(ValueError, match="global_pool must be 'avg' or ''"):
+        model.reset_classifier(3, global_pool="max")
+
+
+def test_head_and_features_make_up_the_forward_pass(family: str) -> None:
+    model, x = tiny(family), image(64, 96)
+    tokens = model.forward_features(x)
+    torch.testing.assert_close(model.forward_head(tokens), model(x))
+    assert model.forward_head(tokens, pre_logits=True).shape == (2, model.num_features)
+
+
+def test_forward_intermediates(family: str) -> None:
+    model, x = tiny(family), image(64, 96)
+    final, maps = model.forward_intermediates(x, indices=[0, -1])
+    want = model.features(x)
+    torch.testing.assert_close(final, model.forward_features(x))
+    torch.testing.assert_close(maps, [want[0], want[-1]])
+    (nhwc,) = model.forward_intermediates(x, 1, norm=True, output_fmt="NHWC", intermediates_only=True)
+    torch.testing.assert_close(nhwc, model._to_nhwc(final))
+    early = model.forward_intermediates(x, [1], stop_early=True, intermediates_only=True)
+    torch.testing.assert_close(early, [want[1]])
+    with pytest.raises(ValueError, match="output_fmt must be 'NCHW' or 'NHWC', got 'NLC'"):
+        model.forward_intermediates(x, output_fmt="NLC")
+    with pytest.raises(ValueError, match="stop_early leaves no final features"):
+        model.forward_intermediates(x, stop_early=True)
+
+
+def test_features_only(family: str) -> None:
+    whole = tiny(family)
+    model = tiny(family, num_classes=None, features_only=True, out_indices=(0, 1))
+    report = vizoo.load_checkpoint(model, whole.state_dict())
+    x = image(37, 61)
+    torch.testing.assert_close(model.eval()(x), whole.features(x, [0, 1]))
+    assert model.feature_info.channels() == [s.channels for s in whole.stages[:2]]
+    assert model.feature_info.reduction() == [s.stride for s in whole.stages[:2]]
+    assert all(model.get_submodule(name) is not None for name in model.feature_info.module_name())
+    assert set(report.dropped) == set(whole.state_dict()) - set(model.state_dict())
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in whole.parameters())
+    with pytest.raises(ValueError, match="has no classifier"):
+        model.reset_classifier(3)
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ((0, 9), r"stage index 9 is out of range: this model has stages 0\.\.3"),
+        ((), "stage indices must be distinct and at least one"),
+        ((1, -3), "stage indices must be distinct"),
+        (9, r"the number of stages must lie in 1\.\.4, got 9"),
+    ],
+)
+def test_wrong_stage_indices(family: str, indices: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(family, num_classes=None, features_only=True, out_indices=indices)
+    with pytest.raises(ValueError, match=message):
+        tiny(family).features(image(32, 32), indices)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3, 64, 64), r"expected images \(B, 3, H, W\), got 3 axes: \(3, 64, 64\)"),
+        ((1, 3, 31, 64), "H and W must be at least 32, got 31 x 64"),
+        ((1, 4, 64, 64), r"expected 3 channels on axis 1 \(B, C, H, W\), got shape \(1, 4, 64, 64\)"),
+        ((1, 64, 64, 3), r"expected 3 channels on axis 1"),
+    ],
+)
+def test_wrong_images(family: str, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(family)(torch.zeros(shape))
+
+
+def test_layers_are_grouped_for_decay(family: str) -> None:
+    from timm.models import group_parameters
+
+    model = tiny(family)
+    names = {name for name, _ in model.named_parameters()}
+    assert model.no_weight_decay() <= names
+    for coarse in (False, True):
+        layers = group_parameters(model, model.group_matcher(coarse))
+        grouped = [name for layer in layers.values() for name in layer]
+        assert sorted(grouped) == sorted(names)
+        assert len(layers) == (len(model.stages) if coarse else sum(model.config.depths)) + 2  # stem and head
+
+
+def test_default_cfg_has_timms_keys(family: str) -> None:
+    cfg = tiny(family, in_chans=2).default_cfg
+    assert cfg["input_size"] == (2, 64, 64)
+    assert cfg["num_classes"] == 5
+    for key in ("mean", "std", "crop_pct", "interpolation", "pool_size", "first_conv", "classifier", "url"):
+        assert key in cfg
+
+
+def test_pickle_and_copy(family: str) -> None:
+    model, x = tiny(family), image(40, 40)
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(twin(x), model(x))
+
+
+def test_state_dict_loads_through_our_own_path(family: str) -> None:
+    model, other, x = tiny(family), tiny(family), image(64, 64)
+    report = vizoo.load_checkpoint(other, model.state_dict())
+    assert torch.equal(model(x), other(x))
+    assert report.loaded == len(model.state_dict())
+
+
+def run_exported(model: nn.Module, dynamic: dict[int, Any]) -> Callable[[Tensor], Tensor]:
+    return torch.export.export(model, (image(64, 96),), dynamic_shapes=(dynamic,)).module()
+
+
+def test_export_with_free_batch_and_size(family: str) -> None:
+    model = tiny(family)
+    with vizoo.ops.use("reference"):
+        exported = run_exported(
+            model, {0: Dim("B", max=64), 2: Dim("H", min=33, max=2048), 3: Dim("W", min=33, max=2048)}
+        )
+    for batch, size in ((1, (33, 45)), (3, (224, 224)), (2, (235, 317)), (1, (40, 100))):
+        x = image(*size, batch=batch)
+        torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_compile_as_one_graph(family: str) -> None:
+    model = tiny(family)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in ((64, 96), (37, 61)):
+        x = image(*size)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
