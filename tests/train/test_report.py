@@ -1,0 +1,224 @@
+"""The report is one well-formed page that needs no other file, and tells what it was given."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vizoo.train.charts import Bar, Line, bar_chart, heat_overlay, line_chart, nice_ticks, png_uri
+from vizoo.train.classifier_page import CLASSIFICATION, classification_page
+from vizoo.train.findings import Example, Findings, Gaze, Speed
+from vizoo.train.report import Page, Section, render, seconds
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+CLASSES = ("zero", "one", "<two>")
+
+
+def make_history(epochs: int = 4, batches: int = 5) -> list[dict[str, Any]]:
+    history: list[dict[str, Any]] = [
+        {"kind": "start", "epoch": 0, "iter": 0, "batches": batches, "images": 20, "time": 100.0}
+    ]
+    for epoch in range(1, epochs + 1):
+        facts = {"epoch": epoch, "iter": epoch * batches, "time": 100.0 + 2 * epoch}
+        history.append({"kind": "train", "loss": 2 / epoch, "lr": 1e-3 / epoch, **facts})
+        history.append({"kind": "val", "loss": 1.5 / epoch, "top1": 100 - 40 / epoch, "top5": 100.0, **facts})
+    return history
+
+
+def make_findings(**changes: Any) -> Findings:
+    generator = np.random.default_rng(0)
+    examples = []
+    for index in range(30):
+        label = index % 3
+        answer = (label + 1) % 3 if index in (4, 11) else label
+        probabilities = np.full(3, 0.1)
+        probabilities[answer] = 0.8
+        image = generator.integers(0, 256, (8, 8), dtype=np.uint8)
+        examples.append(Example(image=image, label=label, probabilities=probabilities))
+    counts = np.zeros((3, 3), dtype=int)
+    np.add.at(counts, ([e.label for e in examples], [e.answer for e in examples]), 1)
+    heat = [generator.random((8, 8)) for _ in range(3)]
+    found = Findings(
+        model="swin_tiny_patch4_window7_224",
+        design="A Swin with a stem of stride 2.",
+        subject="digits",
+        parameters=560_000,
+        macs=11_000_000,
+        classes=CLASSES,
+        seed=7,
+        goal=90.0,
+        accuracy=100 * 28 / 30,
+        history=make_history(),
+        confusion=counts.tolist(),
+        examples=examples,
+        gaze=Gaze(examples=examples[:3], heat=heat, share=0.2, hidden_hot=40.0, hidden_random=80.0),
+        plane=generator.normal(size=(30, 2)),
+        speeds=[
+            Speed("inference", 1, 120.0, 0.02),
+            Speed("inference", 64, 1234.0, 0.01),
+            Speed("training", 64, 400.0, 0.0),
+        ],
+        phases=[("training", 60.0), ("evaluation", 2.5)],
+        recipe=[("Optimiser", "AdamW")],
+        machine=[("Processor", "A CPU"), ("Threads", "2"), ("vizoo", "0.1.0"), ("torch", "2.6")],
+        commands=[("Look at an image", "vizoo predict image.png --checkpoint best.pth")],
+    )
+    return dataclasses.replace(found, **changes)
+
+
+class Checker(HTMLParser):
+    """Fails on a tag that is not closed in its order; gathers text, tags and their attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open[-1:] == [tag], f"</{tag}> closes {self.open[-3:]} at {self.getpos()}"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def check(page: str) -> Checker:
+    checker = Checker()
+    checker.feed(page)
+    checker.close()
+    assert not checker.open, f"never closed: {checker.open}"
+    return checker
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render(classification_page(make_findings()))
+
+
+def test_the_page_is_well_formed_and_has_every_section(page: str) -> None:
+    seen = check(page)
+    anchors = {attributes["id"] for tag, attributes in seen.attributes if tag == "section"}
+    links = {(attributes["href"] or "")[1:] for tag, attributes in seen.attributes if tag == "a"}
+    assert anchors == links == {make(make_findings()).anchor for make in CLASSIFICATION}
+    assert len(anchors) == len(CLASSIFICATION)
+
+
+def test_the_page_asks_for_nothing_else(page: str) -> None:
+    seen = check(page)
+    for tag, attributes in seen.attributes:
+        assert tag not in ("script", "link", "iframe", "object")
+        for name in ("src", "href", "srcset", "poster", "data", "xlink:href"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:image/png;base64,", "#")), (tag, name, value)
+    assert not re.search(r"https?:|@import|url\(", page)
+
+
+def test_every_picture_says_what_it_shows(page: str) -> None:
+    for tag, attributes in check(page).attributes:
+        if tag == "img":
+            assert attributes["alt"]
+        if tag == "svg":
+            assert attributes.get("aria-label") or attributes.get("aria-hidden") == "true"
+
+
+def test_ids_are_unique(page: str) -> None:
+    ids = [attributes["id"] for _, attributes in check(page).attributes if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_head_states_the_figures(page: str) -> None:
+    text = check(page).text
+    for stated in ("28 of 30", "93.33", "0.56", "Seed 7", "8.0 seconds", "1,234", "Goal reached"):
+        assert stated in text, stated
+
+
+def test_a_missed_goal_is_said() -> None:
+    text = check(render(classification_page(make_findings(goal=97.0)))).text
+    assert "Goal missed: it was at least 97 %" in text
+    assert "Goal reached" not in text
+
+
+def test_names_are_escaped(page: str) -> None:
+    assert "<two>" not in page
+    assert "&lt;two&gt;" in page
+
+
+def test_mistakes_are_named_and_framed(page: str) -> None:
+    seen = check(page)
+    assert "erred with" in seen.text
+    assert sum(tag == "li" and attributes.get("class") == "wrong" for tag, attributes in seen.attributes) == 2
+    assert sum(tag == "circle" and attributes.get("class") == "ring" for tag, attributes in seen.attributes) == 2
+
+
+def test_no_mistake_is_said_too() -> None:
+    examples = [e for e in make_findings().examples if e.is_right]
+    counts = np.diag([sum(e.label == k for e in examples) for k in range(3)]).tolist()
+    found = make_findings(examples=examples, confusion=counts, plane=np.random.default_rng(0).normal(size=(28, 2)))
+    assert "no mistake" in check(render(classification_page(found))).text
+
+
+def test_a_page_takes_other_sections() -> None:
+    own = Section("boxes", "Boxes", "What was found.", bar_chart([Bar("mAP", 0.0, "0")], title="Scores"))
+    text = render(Page(title="T", eyebrow="E", lead="L", met=True, verdict="V", tiles=[], sections=[own], footer="F"))
+    assert 'id="boxes"' in text
+    check(text)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (0.013, 0.087), (95.0, 99.7), (-3.0, 4.0), (5.0, 5.0), (0.0, 0.0), (0, 12345)]
+)
+def test_ticks_cover_the_values_evenly(low: float, high: float) -> None:
+    ticks = nice_ticks(low, high)
+    assert ticks[0] <= low
+    assert ticks[-1] >= high
+    assert 3 <= len(ticks) <= 8
+    assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
+
+
+def test_lines_end_at_the_edges_of_the_axes() -> None:
+    drawn = line_chart([Line(name="a", x=[0, 10], y=[0.0, 5.0])], title="T")
+    points = re.search(r'points="([^"]+)"', drawn)
+    assert points is not None
+    (x0, y0), (x1, y1) = (map(float, p.split(",")) for p in points.group(1).split())
+    assert x0 < x1
+    assert y0 > y1, "larger values lie higher up"
+
+
+def test_heat_keeps_size_and_brightens() -> None:
+    image = np.full((4, 6), 128, dtype=np.uint8)
+    heat = np.zeros((4, 6))
+    heat[1, 2] = 1
+    drawn = heat_overlay(image, heat)
+    assert drawn.shape == (4, 6, 3)
+    assert drawn.dtype == np.uint8
+    assert drawn[1, 2].sum() == drawn.sum(axis=2).max() > drawn[0, 0].sum()
+
+
+def test_an_image_survives_as_a_data_uri() -> None:
+    import base64
+    import io
+
+    from PIL import Image
+
+    image = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    data = base64.b64decode(png_uri(image, scale=2).removeprefix("data:image/png;base64,"))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data)))[::2, ::2], image)
+
+
+@pytest.mark.parametrize(("value", "text"), [(3.21, "3.2 seconds"), (61.0, "61 seconds"), (125.4, "2:05 minutes")])
+def test_seconds_in_words(value: float, text: str) -> None:
+    assert seconds(value) == text
