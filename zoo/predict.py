@@ -7,6 +7,7 @@ for prediction in classifier.predict(vizoo.predict.find_images(["photos"])):
 
 from __future__ import annotations
 
+import ast
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ def _from_checkpoint(name: str | None, path: Path, overrides: dict[str, Any]) ->
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint at {path}{_neighbour(path)}")
     meta = stored_meta(path)
-    stored = dict(meta.get("vizoo", {}).get("model", {}))
+    stored = _stored_model(meta)
     stored_name = stored.pop("name", None)
     if name is None and stored_name is None:
         raise ValueError(f"{path} does not say which model it is of; name it (--model)")
@@ -189,6 +190,43 @@ def _stored_classes(path: Path, name: str) -> int:
     return heads[0] if heads else 0
 
 
+def _stored_model(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `create_model` in the config that `vizoo train` keeps in a checkpoint; empty if there are none."""
+    try:
+        arguments = dict(config_value(str(meta.get("cfg", "")), "model")["backbone"])
+    except (SyntaxError, ValueError, LookupError, TypeError):
+        return {}
+    return {key: value for key, value in arguments.items() if key not in ("pretrained", "checkpoint_path", "type")}
+
+
+def config_value(text: str, name: str) -> Any:
+    """One value of a resolved config, without running it: it comes from a file that anyone may have written.
+
+    Raises:
+        SyntaxError: The text is not Python.
+        LookupError: It does not assign that name.
+        ValueError: The value is not made of literals and `dict(...)`.
+    """
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name:
+            return _value(node.value)
+    raise LookupError(f"the config does not set {name!r}")
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
+        return {keyword.arg: _value(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        return {
+            _value(key): _value(value) for key, value in zip(node.keys, node.values, strict=True) if key is not None
+        }
+    if isinstance(node, ast.List):
+        return [_value(item) for item in node.elts]
+    if isinstance(node, ast.Tuple):
+        return tuple(_value(item) for item in node.elts)
+    return ast.literal_eval(node)
+
+
 def stored_meta(path: str | Path) -> dict[str, Any]:
     """What a checkpoint of `vizoo train` says of itself; empty for any other file. Runs no code of the file."""
     try:
@@ -201,19 +239,32 @@ def stored_meta(path: str | Path) -> dict[str, Any]:
 
 def _class_names(model: Backbone, meta: Mapping[str, Any]) -> Sequence[str]:
     """Names from the checkpoint, else from the weights' label set; numbers where neither fits the classifier."""
-    from .labels import class_names
+    from .labels import class_names, synsets
 
     names = (meta.get("dataset_meta") or {}).get("classes")
     if names is None and model.default_cfg["labels"] and not meta:
         names = class_names(model.default_cfg["labels"])
     if names is None or len(names) != model.num_classes:
         return tuple(f"class {i}" for i in range(model.num_classes))
+    if list(names) == synsets("imagenet-1k"):  # ImageNet's folders are named by numbers
+        names = class_names("imagenet-1k")
     return tuple(names)
 
 
 def _preprocess(model: Backbone, meta: Mapping[str, Any]) -> dict[str, Any]:
-    stored = meta.get("vizoo", {}).get("preprocess", {})
-    return {key: stored.get(key, model.default_cfg[key]) for key in _PREPROCESS}
+    """What the checkpoint was validated with, else what the weights were published with."""
+    own = {key: model.default_cfg[key] for key in _PREPROCESS}
+    try:
+        stored = dict(config_value(str(meta.get("cfg", "")), "val_dataloader")["dataset"]["transform"])
+    except (SyntaxError, ValueError, LookupError, TypeError):
+        return own
+    if not str(stored.get("type", "")).endswith("EvalTransform"):
+        return own
+    if "size" in stored:
+        size = stored["size"]
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        own["input_size"] = (stored.get("channels", model.in_chans), *sides)
+    return {**own, **{key: value for key, value in stored.items() if key in own}}
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:

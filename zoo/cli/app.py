@@ -73,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words, debug = _take_debug(words)
     with warnings.catch_warnings():
         warnings.showwarning = _OneLineWarnings()
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")  # deprecations and the like are for developers
+            warnings.simplefilter("always", UserWarning)
         try:
             code = app(words, prog_name="vizoo", standalone_mode=False)
         except KeyboardInterrupt:
@@ -117,7 +120,8 @@ def _message(error: Exception) -> str:
         return str(error.args[0])
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error) or type(error).__name__
+    text = str(error) or type(error).__name__
+    return text.replace("accept_license=True", "--accept-license")  # what Python calls an argument is an option here
 
 
 def _usage_hint(error: Exception) -> str:

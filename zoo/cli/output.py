@@ -16,9 +16,17 @@ from rich.table import Table
 _UNBOUNDED = 10_000  # columns; a table must not be cut off where no terminal limits it
 
 
+class _Console(Console):
+    """rich's console, which leaves a reader that went away to `vizoo.cli.main`."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise again what rich would answer by ending the process with the code of a failure."""
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Standard output; neither colours nor a limit of width where it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else _UNBOUNDED, highlight=False)
+    return _Console(width=None if sys.stdout.isatty() else _UNBOUNDED, highlight=False)
 
 
 def say(text: str) -> None:

@@ -77,9 +77,9 @@ def evaluate_command(
         vizoo test runs/mine/config.py runs/mine/best.pth
         vizoo test imagenet/swin_tiny_patch4_window7_224 --set data_root=imagenet --json
     """
-    from vizoo.train.run import test
+    from vizoo.train.run import evaluate
 
-    figures = test(config, checkpoint, settings or (), work_dir=work_dir, device=device, quiet=quiet or as_json)
+    figures = evaluate(config, checkpoint, settings or (), work_dir=work_dir, device=device, quiet=quiet or as_json)
     if as_json:
         print_json(figures)
         return
