@@ -294,7 +294,8 @@ def _build(spec: Any) -> Any:
     known = vars(_albumentations())
     arguments = dict(spec)
     name = arguments.pop("type", None)
-    cls = known.get(name) if isinstance(name, str) else name
+    # A dumped config names a class by its whole path.
+    cls = known.get(name.rpartition(".")[2]) if isinstance(name, str) else name
     if not inspect.isclass(cls):
         classes = [key for key, value in known.items() if inspect.isclass(value)]
         raise ValueError(f"albumentations has no transform {name!r}; {nearest(str(name), classes)}")

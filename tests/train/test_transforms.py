@@ -208,7 +208,8 @@ def test_albumentations_normalises_as_the_rest_does() -> None:
 
 def test_albumentations_takes_objects_and_configs() -> None:
     spec = {"type": "HorizontalFlip", "p": 1.0}
-    for transform in (spec, albumentations.HorizontalFlip(p=1.0), {"type": albumentations.HorizontalFlip, "p": 1.0}):
+    by_class, by_path = (spec | {"type": t} for t in (albumentations.HorizontalFlip, "albumentations.x.HorizontalFlip"))
+    for transform in (spec, by_class, by_path, albumentations.HorizontalFlip(p=1.0)):
         flipped = AlbumentationsTransform([transform])(noise())
         assert torch.equal(flipped, AlbumentationsTransform([])(noise()).flip(2))
 
