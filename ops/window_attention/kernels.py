@@ -137,7 +137,54 @@ def _split(window, down, across):
     return image, place // across, place % across
 
 
-@triton.jit(do_not_specialize=["H", "W", "down", "across", "windows"])
+@triton.jit
+def _class_size(bottom, right, down, across, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows and columns of windows that belong to a class.
+
+    A shift along an axis (ROWS, COLS: 1 if there is one) sets the last windows apart, for they alone are masked.
+    """
+    return tl.where(bottom == 1, ROWS, down - ROWS), tl.where(right == 1, COLS, across - COLS)
+
+
+@triton.jit
+def _class_share(program, rounds, images, down, across, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Class of a program (bottom, right), its first window in the class, their number, and the programs of the class.
+
+    Each class has as many programs as make no program take more than `rounds` windows.
+    """
+    bottom = 0
+    right = 0
+    if ROWS + COLS > 0:
+        for kind in tl.static_range(3):
+            rows, cols = _class_size(kind // 2, kind % 2, down, across, ROWS, COLS)
+            programs = tl.cdiv(images * rows * cols, rounds)
+            passed = (program >= programs) & (2 * bottom + right == kind)
+            program -= tl.where(passed, programs, 0)
+            bottom = tl.where(passed, (kind + 1) // 2, bottom)
+            right = tl.where(passed, (kind + 1) % 2, right)
+    rows, cols = _class_size(bottom, right, down, across, ROWS, COLS)
+    windows = images * rows * cols
+    return bottom, right, program, windows, tl.cdiv(windows, rounds)
+
+
+@triton.jit
+def _class_window(index, bottom, right, down, across, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Image, row and column of the index-th window of a class."""
+    rows, cols = _class_size(bottom, right, down, across, ROWS, COLS)
+    image, wy, wx = _split(index, rows, cols)
+    return image, wy + tl.where(bottom == 1, down - 1, 0), wx + tl.where(right == 1, across - 1, 0)
+
+
+@triton.jit
+def _class_mask(t, bottom, right, WH: tl.constexpr, WW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr):
+    """What the mask adds to the logits in each window of a class."""
+    below = (t // WW >= WH - SH) & (bottom == 1)
+    beside = (t % WW >= WW - SW) & (right == 1)
+    region = 2 * below.to(tl.int32) + beside.to(tl.int32)
+    return tl.where(region[:, None] == region[None, :], 0.0, MASKED)
+
+
+@triton.jit(do_not_specialize=["H", "W", "down", "across", "images", "rounds"])
 def whole_forward(
     qkv,  # (B, H, W, 3, HEADS, D)
     bias,  # (HEADS, N, N)
@@ -149,7 +196,8 @@ def whole_forward(
     W,
     down,
     across,
-    windows,
+    images,
+    rounds,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -164,16 +212,21 @@ def whole_forward(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Program (head, i) takes the windows i, i + programs, ... of one head."""
+    """Program (head, i) takes up to `rounds` windows of one class for one head."""
     head = tl.program_id(0)
     N: tl.constexpr = WH * WW
+    ROWS: tl.constexpr = 1 if SH > 0 else 0
+    COLS: tl.constexpr = 1 if SW > 0 else 0
     t = tl.arange(0, BLOCK)
-    shared = _bias_tile(bias, head, t, t, N, N == BLOCK, HAS_BIAS)
     factor = scale * LOG2E
     if COSINE:
         factor = tl.load(cosine_scale + head).to(tl.float32) * LOG2E
-    for window in tl.range(tl.program_id(1), windows, tl.num_programs(1), num_stages=STAGES):
-        image, wy, wx = _split(window, down, across)
+    bottom, right, first, windows, step = _class_share(tl.program_id(1), rounds, images, down, across, ROWS, COLS)
+    shared = _bias_tile(bias, head, t, t, N, N == BLOCK, HAS_BIAS)
+    if ROWS + COLS > 0:
+        shared += _class_mask(t, bottom, right, WH, WW, SH, SW)
+    for window in tl.range(first, windows, step, num_stages=STAGES):
+        image, wy, wx = _class_window(window, bottom, right, down, across, ROWS, COLS)
         pixel, real = _pixel(t, wy, wx, H, W, down, across, WH, WW, SH, SW)
         source = qkv + image.to(tl.int64) * H * W * (3 * HEADS * D) + head * D
         q = _rows(source, pixel, real, 3 * HEADS * D, D, BLOCK_D)
@@ -185,17 +238,14 @@ def whole_forward(
             inverse_q = _inverse_norm(q)
             inverse_k = _inverse_norm(k)
         logits = _cosines(q, k, inverse_q, inverse_k, COSINE, PRECISION) * factor + shared
-        if SH + SW > 0:
-            region = _region(t, wy, wx, down, across, WH, WW, SH, SW)
-            logits += tl.where(region[:, None] == region[None, :], 0.0, MASKED)
         p = tl.exp2(logits - tl.max(logits, 1)[:, None])
-        total = tl.sum(p, 1)
-        value = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
+        inverse_total = 1.0 / tl.sum(p, 1)
+        value = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) * inverse_total[:, None]
         target = out + image.to(tl.int64) * H * W * (HEADS * D) + head * D
         _put_rows(target, value, pixel, real, HEADS * D, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["H", "W", "down", "across", "windows"])
+@triton.jit(do_not_specialize=["H", "W", "down", "across", "images", "rounds"])
 def whole_backward(
     grad_out,  # (B, H, W, HEADS, D)
     qkv,  # (B, H, W, 3, HEADS, D)
@@ -211,7 +261,8 @@ def whole_backward(
     W,
     down,
     across,
-    windows,
+    images,
+    rounds,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -228,12 +279,12 @@ def whole_backward(
     BIAS_GRADIENT: tl.constexpr,
     PADDING_GRADIENT: tl.constexpr,
 ):
-    """Program (head, i) takes the windows i, i + programs, ... of one head, and sums what they share."""
+    """Program (head, i) takes up to `rounds` windows of one class for one head, and sums what they share."""
     head = tl.program_id(0)
-    program = tl.program_id(1)
     N: tl.constexpr = WH * WW
+    ROWS: tl.constexpr = 1 if SH > 0 else 0
+    COLS: tl.constexpr = 1 if SW > 0 else 0
     t = tl.arange(0, BLOCK)
-    shared = _bias_tile(bias, head, t, t, N, N == BLOCK, HAS_BIAS)
     natural = scale
     if COSINE:
         natural = tl.load(cosine_scale + head).to(tl.float32)
@@ -241,26 +292,32 @@ def whole_backward(
     cosine_sum = tl.zeros((BLOCK,), tl.float32)
     key_sum = tl.zeros((BLOCK_D,), tl.float32)
     value_sum = tl.zeros((BLOCK_D,), tl.float32)
-    for window in tl.range(program, windows, tl.num_programs(1), num_stages=STAGES):
-        image, wy, wx = _split(window, down, across)
+    bottom, right, first, windows, step = _class_share(tl.program_id(1), rounds, images, down, across, ROWS, COLS)
+    shared = _bias_tile(bias, head, t, t, N, N == BLOCK, HAS_BIAS)
+    if ROWS + COLS > 0:
+        shared += _class_mask(t, bottom, right, WH, WW, SH, SW)
+    for window in tl.range(first, windows, step, num_stages=STAGES):
+        image, wy, wx = _class_window(window, bottom, right, down, across, ROWS, COLS)
         pixel, real = _pixel(t, wy, wx, H, W, down, across, WH, WW, SH, SW)
         source = qkv + image.to(tl.int64) * H * W * (3 * HEADS * D) + head * D
+        incoming = grad_out + image.to(tl.int64) * H * W * (HEADS * D) + head * D
         q = _rows(source, pixel, real, 3 * HEADS * D, D, BLOCK_D)
         k = _keys(source, padding, 1, head, pixel, real, t, HEADS, D, BLOCK_D, N, PADDED)
         v = _keys(source, padding, 2, head, pixel, real, t, HEADS, D, BLOCK_D, N, PADDED)
-        g = _rows(grad_out + image.to(tl.int64) * H * W * (HEADS * D) + head * D, pixel, real, HEADS * D, D, BLOCK_D)
+        g = _rows(incoming, pixel, real, HEADS * D, D, BLOCK_D)
         inverse_q = t
         inverse_k = t
+        unit_q = q
+        unit_k = k
         if COSINE:
             inverse_q = _inverse_norm(q)
             inverse_k = _inverse_norm(k)
+            unit_q = _unit(q, inverse_q)
+            unit_k = _unit(k, inverse_k)
         cosines = _cosines(q, k, inverse_q, inverse_k, COSINE, PRECISION)
         logits = cosines * (natural * LOG2E) + shared
-        if SH + SW > 0:
-            region = _region(t, wy, wx, down, across, WH, WW, SH, SW)
-            logits += tl.where(region[:, None] == region[None, :], 0.0, MASKED)
         p = tl.exp2(logits - tl.max(logits, 1)[:, None])
-        p = p / tl.sum(p, 1)[:, None]
+        p = p * (1.0 / tl.sum(p, 1))[:, None]
         dv = tl.dot(tl.trans(p.to(g.dtype)), g, input_precision=PRECISION)
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - tl.sum(p * dp, 1)[:, None])
@@ -268,11 +325,6 @@ def whole_backward(
             bias_sum += ds
         if COSINE:
             cosine_sum += tl.sum(ds * cosines, 1)
-            unit_q = _unit(q, inverse_q)
-            unit_k = _unit(k, inverse_k)
-        else:
-            unit_q = q
-            unit_k = k
         narrow = ds.to(q.dtype)
         dq = tl.dot(narrow, unit_k, input_precision=PRECISION) * natural
         dk = tl.dot(tl.trans(narrow), unit_q, input_precision=PRECISION) * natural
@@ -287,6 +339,7 @@ def whole_backward(
             beyond = (t < N) & (real == 0)
             key_sum += tl.sum(tl.where(beyond[:, None], dk, 0.0), 0)
             value_sum += tl.sum(tl.where(beyond[:, None], dv, 0.0), 0)
+    program = tl.program_id(1)
     if BIAS_GRADIENT:
         pointers = grad_bias + ((program * HEADS + head) * N + t[:, None]) * N + t[None, :]
         tl.store(pointers, bias_sum, mask=(t < N)[:, None] & (t < N)[None, :])
@@ -367,7 +420,7 @@ def tiled_forward(
         value = tl.dot(p.to(v.dtype), v, value * decay[:, None], input_precision=PRECISION)
         highest = higher
     target = out + image.to(tl.int64) * H * W * (HEADS * D) + head * D
-    _put_rows(target, value / total[:, None], pixel_q, real_q, HEADS * D, D, BLOCK_D)
+    _put_rows(target, value * (1.0 / total)[:, None], pixel_q, real_q, HEADS * D, D, BLOCK_D)
     tl.store(lse + (image.to(tl.int64) * HEADS + head) * H * W + pixel_q, highest + tl.log2(total), mask=real_q)
 
 

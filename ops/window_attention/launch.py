@@ -71,6 +71,7 @@ class _Call:
             "PRECISION": "tf32x3" if self.qkv.dtype == torch.float32 else "tf32",  # halves have but one precision
             "STAGES": tile.stages,
             "num_warps": tile.warps,
+            "maxnreg": tile.registers,
         }
 
 
@@ -88,14 +89,14 @@ def forward(
     """Writes the output, and for large windows the log-sum-exp."""
     if out.numel() == 0:
         return
-    call = _Call(*_contiguous(qkv, bias, cosine_scale, padding), window, shift, scale)
+    call = _Call(qkv.contiguous(), _packed(bias), _packed(cosine_scale), _packed(padding), window, shift, scale)
     heads = qkv.shape[4]
     with _on(qkv.device):
         if call.is_whole:
-            tile = tiles.whole(call.positions, backward=False)
-            grid = (heads, _programs(call, tile, parts=False))
-            kernels.whole_forward[grid](
-                *call.inputs(), out, *call.sizes(), call.windows,
+            tile = tiles.whole(call.positions, qkv.shape[5], qkv.element_size(), backward=False)
+            rounds = _rounds(call, tile, parts=False)
+            kernels.whole_forward[(heads, _class_programs(call, rounds))](
+                *call.inputs(), out, *call.sizes(), qkv.shape[0], rounds,
                 BLOCK=tile.queries, HAS_BIAS=bias is not None, **call.constants(tile),
             )  # fmt: skip
         else:
@@ -125,7 +126,7 @@ def backward(
 
     Programs write their sums of what all windows share side by side, and torch adds them up: one order, no atomics.
     """
-    call = _Call(*_contiguous(qkv, bias, cosine_scale, padding), window, shift, scale)
+    call = _Call(qkv.contiguous(), _packed(bias), _packed(cosine_scale), _packed(padding), window, shift, scale)
     grad_qkv = torch.empty_like(call.qkv)
     bias_parts = cosine_parts = padding_parts = None
     if qkv.numel():
@@ -151,11 +152,13 @@ Parts = tuple[Tensor | None, Tensor | None, Tensor | None]
 def _whole_backward(
     call: _Call, grad_out: Tensor, grad_qkv: Tensor, bias_gradient: bool, padding_gradient: bool
 ) -> Parts:
-    tile = tiles.whole(call.positions, backward=True)
-    programs = _programs(call, tile, parts=bias_gradient)
+    tile = tiles.whole(call.positions, call.qkv.shape[5], call.qkv.element_size(), backward=True)
+    rounds = _rounds(call, tile, parts=bias_gradient)
+    programs = _class_programs(call, rounds)
     bias_parts, cosine_parts, padding_parts = _parts(call, programs, programs, bias_gradient, padding_gradient)
     kernels.whole_backward[(call.qkv.shape[4], programs)](
-        grad_out, *call.inputs(), grad_qkv, bias_parts, cosine_parts, padding_parts, *call.sizes(), call.windows,
+        grad_out, *call.inputs(), grad_qkv, bias_parts, cosine_parts, padding_parts,
+        *call.sizes(), call.qkv.shape[0], rounds,
         BLOCK=tile.queries, HAS_BIAS=call.bias is not None, BIAS_GRADIENT=bias_gradient,
         PADDING_GRADIENT=padding_gradient, **call.constants(tile),
     )  # fmt: skip
@@ -173,7 +176,7 @@ def _tiled_backward(
 ) -> Parts:
     tile = tiles.tiled(call.qkv.shape[5], call.qkv.element_size())
     across_queries, across_keys = -(-call.positions // tile.queries), -(-call.positions // tile.keys)
-    heads, programs = call.qkv.shape[4], _programs(call, tile, parts=True)
+    heads, programs = call.qkv.shape[4], -(-call.windows // _rounds(call, tile, parts=True))
     bias_parts, cosine_parts, _ = _parts(call, programs, call.windows * across_queries, bias_gradient, False)
     _, _, padding_parts = _parts(call, 0, call.windows * across_keys, False, padding_gradient)
     delta = torch.empty_like(lse)
@@ -218,8 +221,8 @@ def _total(parts: Tensor | None, like: Tensor | None, empty: Tensor) -> Tensor:
     return total
 
 
-def _programs(call: _Call, tile: tiles.Tile, parts: bool) -> int:
-    """Programs for each head of a kernel that loops over windows, each with about the same number of them.
+def _rounds(call: _Call, tile: tiles.Tile, parts: bool) -> int:
+    """Windows that one program of a kernel takes in turn.
 
     Where each program leaves a part of the bias gradient, all parts stay below 4 % of what the call reads and writes,
     or there is one program for each multiprocessor.
@@ -229,12 +232,18 @@ def _programs(call: _Call, tile: tiles.Tile, parts: bool) -> int:
     if parts:
         traffic = 8 * call.qkv.nbytes // 3  # qkv, its gradient, the output and its gradient
         most = min(most, max(processors // heads, traffic // (25 * 4 * heads * call.positions**2)))
-    rounds = -(-call.windows // max(1, most))
-    return -(-call.windows // rounds)
+    return -(-call.windows // max(1, most))
 
 
-def _contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+def _class_programs(call: _Call, rounds: int) -> int:
+    """Programs for each head when windows are dealt out by class: see `kernels._class_share`."""
+    rows, cols = int(call.shift[0] > 0), int(call.shift[1] > 0)
+    classes = [(down, across) for down in (call.down - rows, rows) for across in (call.across - cols, cols)]
+    return sum(-(-call.qkv.shape[0] * down * across // rounds) for down, across in classes)
+
+
+def _packed(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:

@@ -21,6 +21,7 @@ class Tile:
         warps: Warps of a program.
         stages: Loop iterations whose loads are in flight at once.
         per_sm: Programs for each multiprocessor, of kernels that loop over windows.
+        registers: Most registers a thread may have; None leaves it to the compiler.
     """
 
     queries: int
@@ -28,6 +29,7 @@ class Tile:
     warps: int
     stages: int
     per_sm: int
+    registers: int | None = None
 
 
 def power_of_two(n: int) -> int:
@@ -40,14 +42,18 @@ def is_whole(n: int, d: int, itemsize: int) -> bool:
     return n <= WHOLE_LIMIT and power_of_two(d) * itemsize <= 256
 
 
-def whole(n: int, backward: bool) -> Tile:
+def whole(n: int, d: int, itemsize: int, backward: bool) -> Tile:
     """Tile of the kernels that hold a window of n positions at once."""
     side = power_of_two(n)
-    return Tile(side, side, warps=4, stages=1 if backward else 2, per_sm=4)
+    warps = max(1, side // 16)
+    vectors = side * power_of_two(d) * itemsize
+    if backward:
+        return Tile(side, side, warps, stages=1, per_sm=2)
+    return Tile(side, side, warps, stages=2 if vectors <= 8192 else 1, per_sm=4)
 
 
 def tiled(d: int, itemsize: int) -> Tile:
-    """Tile of the kernels that walk over a window, small enough for 99 KiB of shared memory."""
+    """Tile of the kernels that walk over a window."""
     side = 64 if power_of_two(d) * itemsize <= 256 else 32
     return Tile(side, side, warps=4, stages=1, per_sm=4)
 
