@@ -70,7 +70,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @register_backend("vizoo_atomic", force=True)
-class AtomicBackend(LocalBackend):  # type: ignore[misc]
+class AtomicBackend(LocalBackend):
     """mmengine's local files, written atomically."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
@@ -263,14 +263,20 @@ class Checkpoints(PlainCheckpoint):
             path.unlink(missing_ok=True)
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP, or the model."""
+    inner = model.module if is_model_wrapper(model) else model
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
 def require_finite(model: nn.Module, when: str) -> None:
     """Raise where a parameter of a model is infinite or not a number.
 
     Raises:
         FloatingPointError: Names the first such parameter; nothing was saved.
     """
-    module = model.module if is_model_wrapper(model) else model
-    for name, parameter in module.named_parameters():
+    for name, parameter in unwrap(model).named_parameters():
         if not torch.isfinite(parameter).all():
             raise FloatingPointError(
                 f"{name} is no longer finite {when}: nothing was saved, earlier checkpoints are whole"

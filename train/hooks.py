@@ -23,7 +23,7 @@ class EMA(EMAHook):
 
     Args:
         decay: Share of the average that an update keeps, below 1 (published: 0.9999 to 0.99996).
-        warmup: Ramp the decay up as (1 + t) / (`warmup` + t) over updates t until `decay` is reached; 0 uses it at once.
+        warmup: Ramp the decay up as (1 + t) / (`warmup` + t) over updates t; 0 uses `decay` at once.
 
     Raises:
         ValueError: A decay outside [0.5, 1), or a negative warm-up.

@@ -87,7 +87,8 @@ class EpochLoop(EpochBasedTrainLoop):
         outputs = getattr(getattr(model, "backbone", None), "num_classes", None)
         if mine is not None and outputs is not None and len(mine) != outputs:
             raise ValueError(
-                f"the training set has {len(mine)} classes, the model {outputs}: set model.backbone.num_classes={len(mine)}"
+                f"the training set has {len(mine)} classes, the model {outputs}: "
+                f"set model.backbone.num_classes={len(mine)}"
             )
         theirs = _classes(self.runner.val_dataloader.dataset) if self.runner.val_loop is not None else None
         if mine is not None and theirs is not None and mine != theirs:

@@ -76,11 +76,11 @@ def _layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
 
     prefix, backbone = ("backbone.", model.backbone) if hasattr(model, "backbone") else ("", model)
     assert isinstance(backbone, nn.Module)
-    if not hasattr(backbone, "group_matcher"):
-        raise ValueError(
-            f"layer_decay={layer_decay} needs numbered layers: {type(backbone).__name__} has no group_matcher()"
-        )
-    layers = group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)
+    matcher = getattr(backbone, "group_matcher", None)
+    if not callable(matcher):
+        name = type(backbone).__name__
+        raise ValueError(f"layer_decay={layer_decay} needs numbered layers: {name} has no group_matcher()")
+    layers = group_parameters(backbone, matcher(coarse=False), reverse=True)
     last = max(layers.values())
     return {f"{prefix}{name}": layer_decay ** (last - layer) for name, layer in layers.items()}
 

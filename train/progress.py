@@ -52,7 +52,9 @@ class ProgressLine:
         """Move the bar, and change the text behind it unless that is empty."""
         if self._progress is None or self._task is None:
             return
-        self._progress.update(self._task, advance=advance, **({"text": text} if text else {}))
+        if text:
+            self._progress.update(self._task, text=text)
+        self._progress.update(self._task, advance=advance)
         if time.perf_counter() - self._drawn > _REFRESH_SECONDS:
             self._progress.refresh()
             self._drawn = time.perf_counter()

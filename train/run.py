@@ -1,4 +1,4 @@
-"""The entry points: train by a config, test a checkpoint. `vizoo train` and `vizoo test` are these functions."""
+"""The entry points: train by a config, test a checkpoint. `vizoo train` and `vizoo test` call these."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list
-from mmengine.model import is_model_wrapper
 
 import vizoo
 
-from .checkpoint import BEST, POINTER, latest_checkpoint, write_atomically
+from .checkpoint import BEST, POINTER, latest_checkpoint, unwrap, write_atomically
 from .log import LOG
 from .settings import config_title, differences, load_config
 from .trainer import CONFIG, Trainer, pick_device
@@ -78,7 +77,7 @@ def train(
     return folder
 
 
-def test(
+def evaluate(
     config: str | Path,
     checkpoint: str | Path | None = None,
     overrides: Sequence[str] = (),
@@ -128,8 +127,9 @@ def test(
 
 
 def _load_weights(model: torch.nn.Module, checkpoint: str | Path) -> None:
-    classifier = model.module if is_model_wrapper(model) else model
-    report = vizoo.load_checkpoint(classifier.backbone, checkpoint)
+    backbone = unwrap(model).get_submodule("backbone")
+    assert isinstance(backbone, vizoo.Backbone)
+    report = vizoo.load_checkpoint(backbone, checkpoint)
     if report.fresh or report.adapted:
         what = "; ".join(f"{key} ({how})" for key, how in report.adapted.items()) or ", ".join(report.fresh)
         raise ValueError(f"{checkpoint} does not hold the model of this config, so testing it says nothing: {what}")
@@ -168,7 +168,7 @@ def _agreed(decide: Any) -> Path:
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             outcome[0] = str(decide())
-        except Exception as error:  # noqa: BLE001 -- raised again below, in every process
+        except Exception as error:  # raised again below, in every process
             outcome[1] = error
     if dist.is_initialized():
         broadcast_object_list(outcome)

@@ -140,7 +140,7 @@ def _hint(key: str, known: list[str]) -> str:
 
 def _checked(key: str, old: Any, value: Any) -> Any:
     """The value in the type of the one it replaces."""
-    if old is None or value is None or isinstance(old, bool) and isinstance(value, bool | dict):
+    if old is None or value is None or (isinstance(old, bool) and isinstance(value, bool | dict)):
         return value
     if isinstance(old, bool) or isinstance(value, bool):
         if isinstance(old, bool) == isinstance(value, bool):
@@ -151,7 +151,7 @@ def _checked(key: str, old: Any, value: Any) -> Any:
         return int(value)
     elif isinstance(old, list | tuple) and isinstance(value, list | tuple):
         return type(old)(value)
-    elif isinstance(value, type(old)) or isinstance(old, dict) and isinstance(value, dict):
+    elif isinstance(value, type(old)) or (isinstance(old, dict) and isinstance(value, dict)):
         return value
     raise ValueError(f"{key} is {_kind(old)} ({old!r}), so it cannot become {_kind(value)} ({value!r})")
 

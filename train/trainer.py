@@ -16,9 +16,10 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
-from .checkpoint import read_checkpoint
+from .checkpoint import read_checkpoint, unwrap
 
 CONFIG = "config.py"
+_SHOWN = 5
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -49,7 +50,7 @@ def _is_ours(record: logging.LogRecord) -> bool:
 
 
 @RUNNERS.register_module()
-class Trainer(Runner):  # type: ignore[misc]
+class Trainer(Runner):
     """The Runner of every run.
 
     Beside mmengine's, the config has `device` (see `pick_device`), `compile` (False, True, or options of
@@ -113,12 +114,16 @@ class Trainer(Runner):  # type: ignore[misc]
             ValueError: It is damaged, or of another model.
         """
         checkpoint = read_checkpoint(filename)
-        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
-        model = self.model.module if is_model_wrapper(self.model) else self.model
+        model = unwrap(self.model)
         try:
+            self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
             model.load_state_dict(checkpoint["state_dict"], strict=strict)
         except RuntimeError as error:
-            raise ValueError(f"{filename} is of another model than this config builds: {error}") from error
+            problems = [line.strip() for line in str(error).split("\n")[1:]]
+            shown = " ".join(problems[:_SHOWN]) + (
+                f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
+            )
+            raise ValueError(f"{filename} is of another model than this config builds. {shown}") from error
         self._has_loaded = True
         self.logger.info(f"loaded {filename}")
         return checkpoint
@@ -130,6 +135,6 @@ class Trainer(Runner):  # type: ignore[misc]
         options = self.cfg.get("compile", False)
         if options is False or options is None:
             return
-        model = self.model.module if is_model_wrapper(self.model) else self.model
-        model.backbone.compile(**({} if options is True else dict(options)))
+        backbone = unwrap(self.model).get_submodule("backbone")
+        backbone.compile(**({} if options is True else dict(options)))
         self.logger.info("the backbone is compiled at its first batch")

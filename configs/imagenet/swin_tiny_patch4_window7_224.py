@@ -1,0 +1,16 @@
+"""Swin-T at 224 on ImageNet-1K, from scratch.
+
+Command: torchrun --nproc-per-node 8 -m vizoo train imagenet/swin_tiny_patch4_window7_224
+Hardware: 8 GPUs, 128 images each, as official.
+Time: not measured here; 300 epochs.
+Expected: 81.2 % top-1 on ImageNet-1K, as the authors report.
+Status: not run here.
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .._runtime import *
+    from ._recipe_300e import *
+
+model["backbone"].update(name="swin_tiny_patch4_window7_224", drop_path_rate=0.2)
