@@ -186,7 +186,11 @@ def _stored_classes(path: Path, name: str) -> int:
     family = resolve(name).family
     state = {key.removeprefix("backbone."): value for key, value in read_state_dict(path).items()}
     layout = family.layout_of(state)
-    heads = [value.shape[0] for key, value in state.items() if layout.translate(key) == f"{family.classifier}.bias"]
+    heads = [
+        value.shape[0]
+        for key, value in state.items()
+        if layout.translate(key) == f"{family.model.classifier_name}.bias"
+    ]
     return heads[0] if heads else 0
 
 

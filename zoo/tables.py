@@ -5,7 +5,8 @@ No model is built for them: the figures are the published ones. Counting takes a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,6 @@ from vizoo.backbones.base import Family, Variant
 from vizoo.weights.record import Weights
 
 from .registry import families, list_models, resolve, variants
-
-BEGIN = "<!-- models: written by `python -m vizoo.tables README.md` -->"
-END = "<!-- end of models -->"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +97,11 @@ def figure(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def rounded(value: float | None) -> str:
+    """A published size: one decimal, none for a whole number, since papers round."""
+    return figure(value).removesuffix(".0")
+
+
 def side(size: tuple[int, int]) -> str:
     """`224` for a square image, else `224x320`."""
     height, width = size
@@ -122,8 +125,8 @@ def markdown_table() -> str:
         for row in sorted(model_rows(list_models(family=family)), key=lambda r: (r.params or 0, r.gmacs or 0, r.name)):
             cells = (
                 f"`{row.name}`",
-                figure(row.params),
-                figure(row.gmacs),
+                rounded(row.params),
+                rounded(row.gmacs),
                 side(row.size),
                 reported(row.metrics),
                 ", ".join(f"`{tag}`" for tag in row.weights) or "-",
@@ -133,22 +136,63 @@ def markdown_table() -> str:
     return "\n".join(lines)
 
 
-def with_table(text: str) -> str:
-    """A document with the table between its markers renewed.
+def speed_tables(results: Path) -> str:
+    """Images per second and how many times faster than the peers, from each `*_models.json` in a folder."""
+    files = sorted(results.glob("*_models.json"))
+    return "\n\n".join(_speed_table(json.loads(path.read_text(encoding="utf-8"))) for path in files) or "Nothing yet."
+
+
+def _speed_table(result: Mapping[str, Any]) -> str:
+    facts, rows = result["environment"], result["rows"]
+    where = (
+        f"{facts['device']}, {rows[0]['dtype']}, torch {facts['torch']}, commit {facts['commit']}, {facts['date'][:10]}"
+    )
+    peers = sorted({row["library"] for row in rows} - {"vizoo"})
+    lines = [
+        f"{where}:",
+        "",
+        f"| model | mode | run | batch | CPU threads | images/s | {' | '.join(f'times {peer}' for peer in peers)} |",
+        f"|---|---|---|---|---|---|{'---|' * len(peers)}",
+    ]
+    keys = ("model", "mode", "execution", "batch_size", "threads")
+    ratios = {(*(ratio[key] for key in keys), ratio["peer"]): ratio["ratio"] for ratio in result["ratios"]}
+    for row in rows:
+        if row["library"] == "vizoo":
+            case = tuple(row[key] for key in keys)
+            cells = [f"`{row['model']}`", *map(str, case[1:]), figure(row["images_per_second"])]
+            lines.append(f"| {' | '.join(cells + [figure(ratios.get((*case, peer)), 2) for peer in peers])} |")
+    return "\n".join(lines)
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The comments in a document between which a generated part stands."""
+    return f"<!-- {name}: written by `python -m vizoo.tables README.md` -->", f"<!-- end of {name} -->"
+
+
+def renewed(text: str, results: Path) -> str:
+    """A document with its generated parts made anew.
+
+    Args:
+        text: The document; it holds the markers of `models` and of `speed`.
+        results: Folder of the measurements.
 
     Raises:
-        ValueError: The document does not hold both markers in order.
+        ValueError: The document lacks markers, or has them in the wrong order.
     """
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the document must hold the markers {BEGIN!r} and {END!r}, in this order")
-    return f"{head}{BEGIN}\n{markdown_table()}\n{END}{tail}"
+    for name, part in (("models", markdown_table()), ("speed", speed_tables(results))):
+        opening, closing = markers(name)
+        head, begin, rest = text.partition(opening)
+        _, end, tail = rest.partition(closing)
+        if not (begin and end):
+            raise ValueError(f"the document must hold the markers {opening!r} and {closing!r}, in this order")
+        text = f"{head}{opening}\n{part}\n{closing}{tail}"
+    return text
 
 
 def _main(arguments: list[str]) -> None:
     for path in map(Path, arguments):
-        path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
+        results = path.resolve().parent / "benchmarks" / "results"
+        path.write_text(renewed(path.read_text(encoding="utf-8"), results), encoding="utf-8")
 
 
 if __name__ == "__main__":

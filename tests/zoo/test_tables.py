@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import vizoo
 from vizoo import tables
 from vizoo.registry import resolve
 
+MARKERS = [tables.markers(name) for name in ("models", "speed")]
+
 
 def test_readme_is_up_to_date(root: Path) -> None:
     text = (root / "README.md").read_text(encoding="utf-8")
-    assert tables.with_table(text) == text, "run `python -m vizoo.tables README.md`"
+    assert tables.renewed(text, root / "benchmarks" / "results") == text, "run `python -m vizoo.tables README.md`"
 
 
 def test_every_model_has_a_row_in_markdown() -> None:
@@ -35,23 +38,47 @@ def test_weight_rows_hold_what_the_record_says() -> None:
         assert row.license == record.license
 
 
-def test_only_what_lies_between_the_markers_changes() -> None:
-    text = f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter"
-    renewed = tables.with_table(text)
-    assert renewed.startswith(f"before\n{tables.BEGIN}\n| model |")
-    assert renewed.endswith(f"|\n{tables.END}\nafter")
-    assert tables.with_table(renewed) == renewed
+def document(models: str = "old", speed: str = "old") -> str:
+    parts = [f"{begin}\n{text}\n{end}" for (begin, end), text in zip(MARKERS, (models, speed), strict=True)]
+    return "\n".join(["before", parts[0], "between", parts[1], "after"])
 
 
-@pytest.mark.parametrize("text", ["", tables.BEGIN, f"{tables.END}\n{tables.BEGIN}"])
-def test_a_document_without_markers_is_refused(text: str) -> None:
+def test_only_what_lies_between_the_markers_changes(tmp_path: Path) -> None:
+    expected = document(tables.markdown_table(), "Nothing yet.")
+    assert tables.renewed(document(), tmp_path) == expected
+    assert tables.renewed(expected, tmp_path) == expected
+
+
+@pytest.mark.parametrize("text", ["", MARKERS[0][0], f"{MARKERS[0][1]}\n{MARKERS[0][0]}", "\n".join(MARKERS[0])])
+def test_a_document_without_markers_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must hold the markers"):
-        tables.with_table(text)
+        tables.renewed(text, tmp_path)
+
+
+def test_speed_comes_from_result_files(tmp_path: Path) -> None:
+    case = {"model": "swin", "mode": "inference", "execution": "eager", "batch_size": 8, "threads": 2}
+    rows = [
+        {**case, "library": library, "dtype": "float32", "images_per_second": speed}
+        for library, speed in (("vizoo", 20.04), ("timm", 10.0), ("torchvision", None))
+    ]
+    facts = {"device": "A chip", "torch": "9.9", "commit": "abc", "date": "2001-02-03T04:05"}
+    result = {"environment": facts, "rows": rows, "ratios": [{**case, "peer": "timm", "ratio": 2.004}]}
+    (tmp_path / "a-chip_2001-02-03_models.json").write_text(json.dumps(result))
+    (tmp_path / "a-chip_2001-02-03_startup.json").write_text("{}")
+    assert tables.speed_tables(tmp_path).splitlines() == [
+        "A chip, float32, torch 9.9, commit abc, 2001-02-03:",
+        "",
+        "| model | mode | run | batch | CPU threads | images/s | times timm | times torchvision |",
+        "|---|---|---|---|---|---|---|---|",
+        "| `swin` | inference | eager | 8 | 2 | 20.0 | 2.00 | - |",
+    ]
 
 
 def test_cells() -> None:
     assert tables.figure(None) == "-"
     assert tables.figure(4.49) == "4.5"
+    assert tables.rounded(28.0) == "28"
+    assert tables.rounded(103.94) == "103.9"
     assert tables.side((224, 224)) == "224"
     assert tables.side((192, 320)) == "192x320"
     assert tables.reported({}) == "-"

@@ -9,7 +9,7 @@ import typer
 
 import vizoo
 from vizoo.backbones.base import nearest
-from vizoo.tables import Row, figure, model_rows, reported, side, weight_rows
+from vizoo.tables import Row, model_rows, reported, rounded, side, weight_rows
 from vizoo.weights.record import Weights
 
 from .output import note, print_json, print_table, say
@@ -61,8 +61,8 @@ def list_command(
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.name,
-        figure(row.params),
-        figure(row.gmacs),
+        rounded(row.params),
+        rounded(row.gmacs),
         side(row.size),
         reported(row.metrics),
         ", ".join(row.weights) or "-",

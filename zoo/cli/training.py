@@ -16,6 +16,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one value of the config; may be repeated."),
 ]
+_REPORT = Path("demo-report")
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1; the config's by default.")]
 
 
@@ -110,17 +111,20 @@ def _summary(path: Path) -> str:
 
 
 def demo_command(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report and the run.")] = Path(
-        "demo-report"
-    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report and the run.")] = _REPORT,
+    settings: Settings = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random; the config's by default.")] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
-    """Train a small backbone on real handwritten digits, and write a report that opens in a browser.
+    """Train a small backbone on real handwritten digits, and write a report for the browser.
 
-    Needs neither a network nor a GPU; a few minutes on two CPU cores.
+    Needs neither a network nor a GPU; a few minutes on two CPU cores. The report, one file, is report.html in the
+    folder.
 
     Example:
         vizoo demo --output demo-report
     """
     from vizoo.train.demo import run
 
-    run(output)
+    run(output, seed=seed, settings=settings or (), show=show, quiet=quiet)

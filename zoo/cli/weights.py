@@ -53,9 +53,14 @@ def list_command(
     if as_json:
         print_json([_as_dict(name, record) for name, record in found])
         return
-    columns = {"weights": "left", "licence": "left", "cached": "left", "url": "left"}
-    print_table(columns, [(n, r.license, "yes" if is_cached(r) else "no", r.url or "by hand") for n, r in found])
+    columns = {"weights": "left", "licence": "left", "sha256": "left", "cached": "left", "url": "left"}
+    print_table(columns, [_cells(name, record) for name, record in found])
     note(f"{len(found)} checkpoints; the cache is {cache_dir()}")
+
+
+def _cells(name: str, record: Weights) -> tuple[str, ...]:
+    known, cached = ("yes" if value else "no" for value in (record.sha256, is_cached(record)))
+    return name, record.license, known, cached, record.url or "by hand"
 
 
 def _as_dict(name: str, record: Weights) -> dict[str, object]:
