@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -130,8 +130,6 @@ class Family:
         layouts: Known checkpoint layouts; the first is the official one and also ours.
         bias_tables: Pattern of relative position bias tables ((2w-1)^2, heads), resized when the window differs.
         tiny: Overrides that make any variant run in milliseconds, for tests and experiments.
-        stem: Name of the convolution whose input channels are adapted.
-        classifier: Name of the last linear layer.
     """
 
     name: str
@@ -141,10 +139,13 @@ class Family:
     mixer: str
     paper: str
     layouts: tuple[CheckpointLayout, ...]
-    stem: str
-    classifier: str = "head"
     bias_tables: str | None = None
     tiny: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, config: Any, **options: Any) -> Backbone:
+        """A model of this family; `options` are those of `Backbone`."""
+        make: Callable[..., Backbone] = self.model
+        return make(config, **options)
 
     def layout_of(self, keys: Iterable[str]) -> CheckpointLayout:
         """The layout that a checkpoint's keys are written in; the official one where no marker is found."""
@@ -193,6 +194,7 @@ class Backbone(nn.Module):
     output_norm_name: ClassVar[str] = "norm{}"
     classifier_name: ClassVar[str] = "head"
     stem_name: ClassVar[str] = ""
+    """The convolution whose input channels are adapted to other images."""
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -63,3 +64,13 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 def round_up(size: int, multiple: int) -> int:
     """The next multiple. Written so that a padded size simplifies to it where sizes are symbolic."""
     return (size + multiple - 1) // multiple * multiple
+
+
+def smaller(a: int, b: int) -> int:
+    """`min` that decides nothing where sizes are symbolic."""
+    return cast(int, torch.sym_min(a, b))
+
+
+def larger(a: int, b: int) -> int:
+    """`max` that decides nothing where sizes are symbolic."""
+    return cast(int, torch.sym_max(a, b))

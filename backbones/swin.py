@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ from .base import (
     init_linear,
     make_classifier,
 )
-from .layers import DropPath, Mlp, pad_to_multiple
+from .layers import DropPath, Mlp, larger, pad_to_multiple, smaller
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +126,14 @@ def shift_of(window: int, height: int, width: int) -> int:
 
     Written without a branch, so that an exported program holds for maps on both sides of the rule.
     """
-    exceeds = torch.sym_min(1, torch.sym_max(0, torch.sym_min(height, width) - window))
+    exceeds = smaller(1, larger(0, smaller(height, width) - window))
     return exceeds * (window // 2)
 
 
 class WindowAttention(nn.Module):
     """Multi-head attention inside the windows of a map, with a learned bias per head and relative offset."""
+
+    relative_position_index: Tensor
 
     def __init__(self, channels: int, heads: int, window: int) -> None:
         super().__init__()
@@ -222,6 +224,8 @@ class PatchEmbed(nn.Module):
 class SwinStage(nn.Module):
     """Blocks of one resolution, and the merging that leads to the next one."""
 
+    downsample: nn.Module
+
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -273,11 +277,11 @@ class Swin(Backbone):
 
     def stage(self, index: int, x: Tensor) -> Tensor:
         """Blocks of one stage; see `Backbone`."""
-        return self.run_blocks(self.layers[index].blocks, x)
+        return self.run_blocks(cast(SwinStage, self.layers[index]).blocks, x)
 
     def downsample(self, index: int, x: Tensor) -> Tensor:
         """Patch merging in front of stage `index`; see `Backbone`."""
-        return self.layers[index - 1].downsample(x)
+        return cast(SwinStage, self.layers[index - 1]).downsample(x)
 
     def normalize(self, x: Tensor) -> Tensor:
         """Final norm; see `Backbone`."""
@@ -314,7 +318,7 @@ OFFICIAL_LAYOUT = CheckpointLayout(
 
 RELEASES = "https://github.com/SwinTransformer/storage/releases/download"
 COMMIT = "f82860bfb5225915aca09c3227159ee9e1df874d"
-SQUASH = {"crop_mode": "squash", "crop_pct": 1.0}
+SQUASH: dict[str, Any] = {"crop_mode": "squash", "crop_pct": 1.0}
 
 
 def classifier_weights(path: str, size: int, num_classes: int = 1000, **facts: Any) -> Weights:
@@ -353,10 +357,10 @@ def _dense_weights(path: str, **facts: Any) -> Weights:
     )
 
 
-_SMALL = {"depths": (2, 2, 18, 2)}
-_BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
-_LARGE = {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)}
-_AT_384 = {"img_size": 384, "window_size": 12}
+_SMALL: dict[str, Any] = {"depths": (2, 2, 18, 2)}
+_BASE: dict[str, Any] = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
+_LARGE: dict[str, Any] = {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)}
+_AT_384: dict[str, Any] = {"img_size": 384, "window_size": 12}
 
 
 def _top(top1: float, top5: float | None = None) -> dict[str, float]:
@@ -485,7 +489,6 @@ FAMILY = Family(
     mixer="window attention",
     paper="Swin Transformer: Hierarchical Vision Transformer using Shifted Windows, ICCV 2021, arXiv 2103.14030",
     layouts=(OFFICIAL_LAYOUT, TIMM_LAYOUT),
-    stem="patch_embed.proj",
     tiny={"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 2, 4)},
     bias_tables=r"relative_position_bias_table$",
 )

@@ -26,7 +26,7 @@ from vizoo.ops import window_attention
 from vizoo.weights.record import Weights
 
 from .base import Family, Variant, init_linear
-from .layers import without_autocast
+from .layers import larger, smaller, without_autocast
 from .swin import (
     OFFICIAL_LAYOUT,
     TIMM_LAYOUT,
@@ -71,8 +71,8 @@ def log_coordinates(window: int, pretrained: int, device: torch.device) -> Tenso
         ((2 window - 1)^2, 2) float32, vertical component first; +-1 at the pretraining window's border.
     """
     offset = torch.arange(1 - window, window, device=device, dtype=torch.float32)
-    reach = pretrained - 1 if pretrained else torch.sym_max(window - 1, 1)  # a window of one position has offset 0 only
-    t = offset * (8.0 / reach)
+    reach = pretrained - 1 if pretrained else larger(window - 1, 1)  # a window of one position has offset 0 only
+    t: Tensor = offset * 8.0 / reach
     t = torch.sign(t) * torch.log2(t.abs() + 1) / 3.0
     side = 2 * window - 1
     return torch.stack([t[:, None].expand(side, side), t[None, :].expand(side, side)], dim=-1).flatten(0, 1)
@@ -102,7 +102,7 @@ class CosineWindowAttention(nn.Module):
     def forward(self, x: Tensor, shifted: bool) -> Tensor:
         """(B, H, W, C) to the same shape; `shifted` moves the windows by half a window where the map allows it."""
         batch, height, width, channels = x.shape
-        window = torch.sym_min(self.window_size, torch.sym_min(height, width))
+        window = smaller(self.window_size, smaller(height, width))
         qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, qkv_bias)
         with without_autocast(x.device):
@@ -168,10 +168,10 @@ class SwinV2(Swin):
                 nn.init.zeros_(norm.bias)
 
 
-_SMALL = {"depths": (2, 2, 18, 2)}
-_BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
-_LARGE = {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)}
-_FROM_192 = {"pretrained_windows": (12, 12, 12, 6)}
+_SMALL: dict[str, Any] = {"depths": (2, 2, 18, 2)}
+_BASE: dict[str, Any] = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
+_LARGE: dict[str, Any] = {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)}
+_FROM_192: dict[str, Any] = {"pretrained_windows": (12, 12, 12, 6)}
 
 
 def _weights(name: str, size: int, num_classes: int = 1000, **facts: Any) -> Weights:
@@ -223,6 +223,5 @@ FAMILY = Family(
     mixer="window attention",
     paper="Swin Transformer V2: Scaling Up Capacity and Resolution, CVPR 2022, arXiv 2111.09883",
     layouts=(OFFICIAL_LAYOUT, TIMM_LAYOUT),
-    stem="patch_embed.proj",
     tiny={"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 2, 4)},
 )

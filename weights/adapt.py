@@ -59,32 +59,26 @@ def adapt_input_channels(weight: Tensor, in_chans: int) -> Tensor:
     return _in_float(weight, lambda values: values[:, source] * (3 / in_chans))
 
 
-def select_classes(weight: Tensor, bias: Tensor | None, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+def select_classes(parameter: Tensor, rows: Sequence[int]) -> Tensor:
     """Pick classes of a classification head, such as the 1,000 ImageNet-1K classes out of 21,841.
 
     Args:
-        weight: (classes, features).
-        bias: (classes,), or None for a head without bias.
+        parameter: The head's weight (classes, features) or its bias (classes,).
         rows: The class that each new class takes its row from; repeats are allowed.
 
     Returns:
-        Weight (len(rows), features) and bias (len(rows),) or None.
+        (len(rows), ...).
 
     Raises:
-        ValueError: If the shapes do not belong together, or a row lies outside the head.
+        ValueError: If there are no rows, or one lies outside the head.
     """
-    if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-        shape = None if bias is None else tuple(bias.shape)
-        raise ValueError(
-            f"a head must be (classes, features) with bias (classes,), got {tuple(weight.shape)} and {shape}"
-        )
-    index = torch.as_tensor(rows, dtype=torch.long, device=weight.device)
+    index = torch.as_tensor(rows, dtype=torch.long, device=parameter.device)
     if index.ndim != 1 or not len(index):
         raise ValueError(f"rows must be a non-empty list of class numbers, got shape {tuple(index.shape)}")
-    outside = index[(index < 0) | (index >= len(weight))]
+    outside = index[(index < 0) | (index >= len(parameter))]
     if len(outside):
-        raise ValueError(f"rows must lie in 0..{len(weight) - 1}, the classes of this head, got {outside[0].item()}")
-    return weight[index], None if bias is None else bias[index]
+        raise ValueError(f"rows must lie in 0..{len(parameter) - 1}, the classes of this head, got {outside[0].item()}")
+    return parameter[index]
 
 
 def _side(length: int, what: str) -> int:

@@ -61,7 +61,7 @@ def describe(name: str) -> Card:
     found = resolve(name)
     variant, family = found.variant, found.family
     with torch.device("meta"):
-        model = family.model(
+        model = family.build(
             variant.config,
             num_classes=variant.num_classes,
             features_only=getattr(variant.config, "output_norms", False),

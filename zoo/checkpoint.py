@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,10 +149,11 @@ def _drop_unbuilt(state: dict[str, Tensor], target: Mapping[str, Tensor], model:
     """Remove what the whole model has and this one was built without."""
     if model.num_classes > 0 and not model.features_only:
         return
+    make: Callable[..., Backbone] = type(model)
     with torch.device("meta"):
-        whole = set(type(model)(model.config, num_classes=1).state_dict())
+        whole = set(make(model.config, num_classes=1).state_dict())
         if model.features_only:
-            whole |= set(type(model)(model.config, features_only=True).state_dict())
+            whole |= set(make(model.config, features_only=True).state_dict())
     for key in [key for key in state if key in whole and key not in target]:
         report.dropped.append(key)
         del state[key]
@@ -194,9 +195,8 @@ def _adapt_classifier(
         return
     have, want = state[weight].shape[0], target[weight].shape[0]
     if labels == "imagenet-22k" and want == 1000:
-        state[weight], state[bias] = select_classes(
-            state[weight], state[bias], subset_rows("imagenet-22k", "imagenet-1k")
-        )
+        rows = subset_rows("imagenet-22k", "imagenet-1k")
+        state[weight], state[bias] = select_classes(state[weight], rows), select_classes(state[bias], rows)
         report.adapted[model.classifier_name] = "the 1000 ImageNet-1K rows of the ImageNet-22K classifier"
         return
     for key in (weight, bias):

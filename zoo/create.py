@@ -56,7 +56,7 @@ def create_model(
     is_dense = features_only or getattr(config, "output_norms", False)
     if is_dense and num_classes:
         raise ValueError(f"a model that returns feature maps has no classifier, got num_classes={num_classes}")
-    model = found.family.model(
+    model = found.family.build(
         config,
         num_classes=_classes(found, num_classes, pretrained),
         in_chans=in_chans,
@@ -64,7 +64,7 @@ def create_model(
         out_indices=out_indices,
     )
     model.weights_record = found.weights
-    if pretrained:
+    if pretrained and found.weights is not None:
         load_checkpoint(model, found.weights)
     elif checkpoint_path is not None:
         load_checkpoint(model, checkpoint_path)

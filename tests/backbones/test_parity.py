@@ -40,7 +40,7 @@ def outputs(model: vizoo.Backbone, x: Tensor, names: list[str]) -> dict[str, Ten
 def build(fixture: dict, state: dict[str, Tensor]) -> tuple[vizoo.Backbone, vizoo.LoadReport]:
     """The fixture's model, loaded as `create_model(pretrained=True)` loads the official file."""
     found = resolve(fixture["variant"])
-    classifier = f"{found.family.classifier}.weight"
+    classifier = f"{found.family.model.classifier_name}.weight"
     classes = state[classifier].shape[0] if classifier in state else 0
     model = vizoo.create_model(fixture["variant"], num_classes=classes).eval()
     return model, vizoo.load_checkpoint(model, state)
