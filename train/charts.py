@@ -16,8 +16,8 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-HEAT_STOPS = ((13, 8, 60), (114, 31, 129), (222, 73, 104), (254, 159, 109), (252, 253, 191))
-"""Colours of a heat map from cold to hot; their lightness rises evenly, so it reads without colour vision too."""
+HEAT_STOPS = ((120, 40, 140), (214, 60, 110), (250, 130, 50), (255, 214, 70))
+"""Colours of heat from little to much; their lightness rises evenly, so they read without colour vision too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +65,14 @@ def picture(image: NDArray[np.uint8], alt: str, style: str = "pixels") -> Markup
     return Markup('<img class="{}" src="{}" alt="{}"/>').format(style, png_uri(image), alt)
 
 
-def heat_overlay(image: NDArray[np.uint8], heat: NDArray[np.floating], strength: float = 0.72) -> NDArray[np.uint8]:
-    """Colours of heat (H, W) in 0..1, laid over a gray image (H, W) so that its strokes stay visible."""
+def heat_overlay(image: NDArray[np.uint8], heat: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """Colours of heat (H, W) in 0..1 over a dimmed gray image (H, W): opaque where hot, clear where cold."""
     stops = np.asarray(HEAT_STOPS, dtype=np.float64)
     place = np.clip(heat, 0, 1) * (len(stops) - 1)
     colour = np.stack([np.interp(place, range(len(stops)), stops[:, c]) for c in range(3)], axis=-1)
-    gray = image.astype(np.float64)[..., None]
-    return np.clip(colour * strength + gray * (1 - strength), 0, 255).round().astype(np.uint8)
+    gray = image.astype(np.float64)[..., None] * 0.55
+    opacity = 0.9 * np.clip(heat, 0, 1)[..., None] ** 0.7
+    return (colour * opacity + gray * (1 - opacity)).round().astype(np.uint8)
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:

@@ -63,6 +63,15 @@ def _footer(found: Findings) -> str:
     return " · ".join(f"{name} {facts[name]}" for name in ("vizoo", "torch", "Date") if facts.get(name))
 
 
+def glance(found: Findings) -> Section:
+    """All held-out images as one picture."""
+    lead = (
+        f"All {len(found.examples)} {found.subject} that were held out from training, one class a row; those it got "
+        "wrong are framed."
+    )
+    return Section("glance", "At a glance", lead, _mosaic(found))
+
+
 def curves(found: Findings) -> Section:
     """Loss, accuracy and learning rate over the epochs."""
     batches = found.start["batches"]
@@ -77,7 +86,7 @@ def curves(found: Findings) -> Section:
         Line(name="goal", x=[0, max(epochs)], y=[found.goal] * 2, style="goal"),
         Line(name="held out", x=epochs, y=[r["top1"] for r in held], style="two"),
     ]
-    rate = [Line(name="at the end", x=at, y=[r["lr"] * 1000 for r in train])]
+    rate = [Line(name="last update", x=at, y=[r["lr"] * 1000 for r in train])]
     charts = [
         line_chart(loss, title="Loss", form="{:.2f}".format),
         line_chart(accuracy, title="Accuracy, %", form="{:.4g}".format),
@@ -122,7 +131,7 @@ def _times(count: int) -> str:
 
 
 def answers(found: Findings) -> Section:
-    """What the model says to the images it finds hard, to others, and all held-out images at a glance."""
+    """What the model says to the images it finds hard, and to others."""
     hard = sorted(found.examples, key=lambda e: float(e.probabilities[e.label]))
     others = np.random.default_rng(found.seed).permutation(len(hard) - SHOWN_HARD)[:SHOWN_OTHERS] + SHOWN_HARD
     lead = (
@@ -135,8 +144,6 @@ def answers(found: Findings) -> Section:
             _answer_cards(hard[:SHOWN_HARD], found.classes),
             Markup("<h3>Drawn at random from the others</h3>"),
             _answer_cards([hard[i] for i in others], found.classes),
-            Markup("<h3>All of them, one class a row; what it got wrong is framed</h3>"),
-            card(_mosaic(found)),
         ]
     )
     return Section("answers", "What it says", lead, body)
@@ -205,10 +212,17 @@ def gaze(found: Findings) -> Section:
         "Bright places are those whose features spoke most for the model's answer: gradient times activation of its "
         "first stage, the positive part (HiResCAM, Draelos and Carin 2020, after Grad-CAM, Selvaraju et al. 2017). "
         "Such a map can look convincing and mean nothing, so it is put to a test below: if it is true, hiding the "
-        "brightest places must hurt more than hiding as many at random."
+        "brightest strokes must hurt more than hiding as much ink at random."
+    )
+    verdict = (
+        "They do: hiding what they point at costs more."
+        if seen.hidden_hot < seen.hidden_random
+        else "Not here: hiding what they point at costs no more, so do not trust them."
     )
     test = roomy(bar_chart(bars, title="Accuracy on the held-out images with parts of each blackened"))
-    body = Markup('<div class="gazes">{}</div><h3>Do the maps tell the truth?</h3>{}').format(join(pairs), card(test))
+    body = Markup('<div class="gazes">{}</div><h3>Do the maps tell the truth? {}</h3>{}').format(
+        join(pairs), verdict, card(test)
+    )
     return Section("gaze", "Where it looks", lead, body)
 
 
@@ -248,8 +262,8 @@ def speed(found: Findings) -> Section:
     spent = [Bar(name, value, f"{value:.1f} s", "two") for name, value in found.phases]
     facts = dict(found.machine)
     lead = (
-        f"On {facts.get('Processor', 'this machine')}, {facts.get('Threads', '?')} threads, float32, images already in "
-        f"memory: the median, ± half the interquartile range. One image takes {found.macs / 1e6:.1f} million "
+        f"On {facts.get('Processor', 'this machine')}, threads: {facts.get('Threads', '?')}, float32, images already "
+        f"in memory: the median, ± half the interquartile range. One image takes {found.macs / 1e6:.1f} million "
         "multiply-adds. Training includes the backward pass and the update."
     )
     charts = [bar_chart(bars, title="Images per second"), bar_chart(spent, title="Where the time of this demo went")]
@@ -270,6 +284,7 @@ def onward(found: Findings) -> Section:
 
 
 CLASSIFICATION: tuple[Callable[[Findings], Section], ...] = (
+    glance,
     curves,
     mistakes,
     answers,
