@@ -83,9 +83,10 @@ def _prepare(
             raise ValueError(f"window must be at least 1 a side, got {side} {axis}")
         if known(step < 0) or known(step >= side):
             raise ValueError(f"shift must satisfy 0 <= shift < window, got shift {step} for {side} {axis}")
-    _check_shape("bias", bias, (heads, rows * cols, rows * cols), "(heads, N, N), N = window rows * columns")
-    _check_shape("cosine_scale", cosine_scale, (heads,), "(heads,)")
-    _check_shape("padding", padding, (3, heads, d), "(3, heads, d)")
+    n = rows * cols
+    _check_tensor("bias", bias, (heads, n, n), "(heads, N, N) with N positions in a window", qkv.device)
+    _check_tensor("cosine_scale", cosine_scale, (heads,), "(heads,)", qkv.device)
+    _check_tensor("padding", padding, (3, heads, d), "(3, heads, d)", qkv.device)
     return {
         "qkv": qkv,
         "bias": bias,
@@ -105,11 +106,13 @@ def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     return value[0], value[1]
 
 
-def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], legend: str) -> None:
+def _check_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], legend: str, device: torch.device) -> None:
     if tensor is None:
         return
     if tensor.ndim != len(shape) or any(known(a != b) for a, b in zip(tensor.shape, shape, strict=True)):
         raise ValueError(f"{name} must have the shape {legend} = {shape}, got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the device of qkv, {device}, got {tensor.device}")
 
 
 _OPERATOR = dispatch.Operator(

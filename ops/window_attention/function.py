@@ -35,6 +35,8 @@ def unsupported_reasons(
     reasons = _device_reasons(qkv.device)
     if qkv.dtype not in DTYPES:
         reasons.append(f"the kernels compute in float16, bfloat16 and float32, the input is {qkv.dtype}")
+    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
+        reasons.append("the interpreter has no bfloat16")
     if known(window[0] * window[1] > MAX_POSITIONS):
         reasons.append(f"a window may have {MAX_POSITIONS} positions, this has {window[0]} x {window[1]}")
     if known(qkv.shape[5] > MAX_CHANNELS):
