@@ -73,10 +73,10 @@ class RunLog(Hook):
         self.line = ProgressLine(quiet=quiet or not is_main_process())
         self._losses: list[Tensor] = []
         self._images = 0
-        self._since = self._started = self._epoch_started = 0.0
+        self._since = self._started = 0.0
         self._first_iter = 0
-        self._validating = 0.0
         self._last: dict[str, Any] = {}
+        self._epoch: list[Tensor] = []
 
     def before_train(self, runner: Runner) -> None:
         """Note where the run starts."""
@@ -95,7 +95,8 @@ class RunLog(Hook):
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Start the epoch's bar."""
-        self._since = self._epoch_started = time.perf_counter()
+        self._since = time.perf_counter()
+        self._epoch = []
         seen = runner.iter - runner.epoch * len(runner.train_dataloader)
         self.line.begin(f"epoch {runner.epoch + 1}/{runner.max_epochs}", len(runner.train_dataloader), seen)
 
@@ -106,17 +107,17 @@ class RunLog(Hook):
         ends = batch_idx + 1 == len(runner.train_dataloader)
         if ends or (runner.iter + 1) % self.interval == 0:
             self._close_window(runner)
-        self.line.step(self._summary())
+        self.line.step(_summary(self._last))
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Say how the epoch went."""
         self.line.end()
-        if self._last:
-            self._say(runner, f"epoch {runner.epoch + 1}/{runner.max_epochs}  {self._summary()}")
+        if self._epoch:
+            whole = self._last | {"loss": torch.cat(self._epoch).double().mean().item()}
+            self._say(runner, f"epoch {runner.epoch + 1}/{runner.max_epochs}  {_summary(whole)}")
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Start the validation's bar."""
-        self._validating = time.perf_counter()
         self.line.begin("validating", len(runner.val_dataloader))
 
     def before_test_epoch(self, runner: Runner) -> None:
@@ -161,22 +162,15 @@ class RunLog(Hook):
         left = runner.max_iters - runner.iter - 1
         self._last = {
             "loss": values.double().mean().item(),
+            "batches": len(values),
             "lr": max(group["lr"] for group in runner.optim_wrapper.optimizer.param_groups),
             "grad_norm": None if norm is None else float(norm),
             "images_per_second": self._images / max(now - self._since, 1e-9),
             "eta": (now - self._started) / (runner.iter + 1 - self._first_iter) * left,
         }
+        self._epoch.append(values)
         self._losses, self._images, self._since = [], 0, now
         self._write(runner, "train", runner.epoch + 1, self._last, runner.iter + 1)
-
-    def _summary(self) -> str:
-        if not self._last:
-            return ""
-        found = self._last
-        return (
-            f"loss {found['loss']:.4f}  lr {found['lr']:.2e}  {found['images_per_second']:.0f} img/s  "
-            f"eta {duration(found['eta'])}"
-        )
 
     def _figures(self, runner: Runner, kind: str, epoch: int, metrics: dict[str, float], evaluator: Any) -> None:
         if kind == "val":
@@ -222,3 +216,13 @@ def _require_finite(losses: Tensor, runner: Runner) -> None:
             f"the loss is {losses[bad[0]].item()} at iteration {iteration} (epoch {runner.epoch + 1}): nothing of it "
             "was saved. Resume from the last checkpoint with a lower learning rate, tighter clipping or dtype=float32"
         )
+
+
+def _summary(figures: dict[str, Any]) -> str:
+    """The figures of a window, as a person reads them."""
+    if not figures:
+        return ""
+    return (
+        f"loss {figures['loss']:.4f}  lr {figures['lr']:.2e}  {figures['images_per_second']:.0f} img/s  "
+        f"eta {duration(figures['eta'])}"
+    )
