@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import itertools
 import logging
@@ -66,14 +67,14 @@ def train(
         raise ValueError("resume continues the run, force starts anew: give one of them")
     settings = load_config(config, overrides)
     _put(settings, seed=seed, device=device, quiet=quiet)
-    with _processes(settings.get("device", "auto")):
-        folder = _agreed(lambda: _claim(Path(work_dir) if work_dir else None, config_title(config), resume, force))
-        settings.work_dir = str(folder)
-        start = _resume_point(folder) if resume else None
-        with _runner(settings, start) as runner, _plain_errors():
-            if runner.rank == 0:
-                _save_config(runner, folder, settings)
-            runner.train()
+    _join_processes(settings.get("device", "auto"))
+    folder = _agreed(lambda: _claim(Path(work_dir) if work_dir else None, config_title(config), resume, force))
+    settings.work_dir = str(folder)
+    start = _resume_point(folder) if resume else None
+    with _runner(settings, start) as runner, _plain_errors():
+        if runner.rank == 0:
+            _save_config(runner, folder, settings)
+        runner.train()
     return folder
 
 
@@ -115,15 +116,13 @@ def evaluate(
     settings.default_hooks.checkpoint = None
     settings.default_hooks.param_scheduler = None
     settings.model.backbone.pretrained = checkpoint is None
-    with _processes(settings.get("device", "auto")):
-        folder = _agreed(
-            lambda: _claim(Path(work_dir) if work_dir else None, f"test/{config_title(config)}", False, False)
-        )
-        settings.work_dir = str(folder)
-        with _runner(settings) as runner, _plain_errors():
-            if checkpoint is not None:
-                _load_weights(runner.model, checkpoint)
-            return {name: float(value) for name, value in runner.test().items()}
+    _join_processes(settings.get("device", "auto"))
+    folder = _agreed(lambda: _claim(Path(work_dir) if work_dir else None, f"test/{config_title(config)}", False, False))
+    settings.work_dir = str(folder)
+    with _runner(settings) as runner, _plain_errors():
+        if checkpoint is not None:
+            _load_weights(runner.model, checkpoint)
+        return {name: float(value) for name, value in runner.test().items()}
 
 
 def _load_weights(model: torch.nn.Module, checkpoint: str | Path) -> None:
@@ -146,19 +145,22 @@ def _put(settings: Config, **values: Any) -> None:
     pick_device(settings.get("device", "auto"))
 
 
-@contextmanager
-def _processes(device: str) -> Iterator[None]:
-    """The process group of a torchrun job: NCCL between GPUs, gloo otherwise; nothing for a single process."""
+def _join_processes(device: str) -> None:
+    """Join the process group of a torchrun job: NCCL between GPUs, gloo otherwise; nothing for a single process.
+
+    The group stays until the process ends: its store cannot serve a second one, and a script may train, then evaluate.
+    """
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ or dist.is_initialized():
-        yield
         return
     chosen = pick_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
+    atexit.register(_leave_processes)
+
+
+def _leave_processes() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -1,13 +1,13 @@
-"""Two processes by torchrun over gloo: the weights of one process with the same global batch, and exact figures."""
+"""Two processes by torchrun over gloo: the weights of one process with the same global batch, and an exact resume."""
 
 from __future__ import annotations
 
-import os
-import signal
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,51 +17,71 @@ from vizoo.train.log import read_log
 
 Run = Callable[..., Path]
 
-SETTINGS = (
+# One launch trains all runs, since starting Python twice takes longer than training.
+SCRIPT = """
+import json, os, shutil, sys
+from pathlib import Path
+from vizoo.train.run import evaluate, train
+
+config, jobs = sys.argv[1], json.loads(sys.argv[2])
+for folder, settings in jobs["runs"].items():
+    train(config, settings, work_dir=folder, quiet=True)
+cut, settings = jobs["cut"], jobs["runs"][jobs["whole"]]
+if os.environ["RANK"] == "0":
+    Path(cut).mkdir()
+    shutil.copy(Path(jobs["whole"]) / jobs["point"], cut)
+train(config, settings, work_dir=cut, quiet=True, resume=True)
+found = evaluate(Path(cut) / "config.py", Path(cut) / "best.pth", work_dir=jobs["test"], quiet=True)
+if os.environ["RANK"] == "0":
+    Path(jobs["test"], "figures.json").write_text(json.dumps(found))
+"""
+PLAIN = (
     "model.mixup=None",
     "model.backbone.drop_path_rate=0.0",
     "train_dataloader.dataset.noise=0.0",
     "train_cfg.max_epochs=2",
     "custom_hooks=[]",
+    "auto_scale_lr.enable=true",
 )
+HALF = ("train_dataloader.batch_size=4", "val_dataloader.batch_size=4")
+OPTIMIZERS = ("SGD", "AdamW")
+POINT = "iter_7.pth"
 
 
-SCRIPT = """
-import sys
-from vizoo.train.run import train
-train(sys.argv[1], sys.argv[3:], work_dir=sys.argv[2], quiet=True)
-"""
-
-
-def torchrun(config: Path, folder: Path, *settings: str, processes: int = 2) -> None:
-    script = config.with_name("launch.py")
-    script.write_text(SCRIPT)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        str(script),
-    ]
-    # A session of its own, so that a launch that hangs can be ended with all its workers.
-    process = subprocess.Popen(
-        [*command, str(config), str(folder), *settings], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+def torchrun(*arguments: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=180)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()  # the launcher then ends its workers; killed, it would leave them behind
+        process.communicate()
         raise
     assert process.returncode == 0, errors[-3000:]
 
 
-@pytest.mark.parametrize("optimizer", ["torch.optim.SGD", "torch.optim.AdamW"])
-def test_equals_one_process(small_config: Path, small_run: Run, tmp_path: Path, optimizer: str) -> None:
-    settings = (*SETTINGS, f"optim_wrapper.optimizer.type={optimizer}", "auto_scale_lr.enable=true")
-    one = small_run("one", *settings, "train_dataloader.batch_size=8")
-    two = tmp_path / "two"
-    torchrun(small_config, two, *settings, "train_dataloader.batch_size=4", "val_dataloader.batch_size=4")
+def optimized(name: str) -> tuple[str, ...]:
+    return (*PLAIN, f"optim_wrapper.optimizer.type=torch.optim.{name}")
+
+
+@pytest.fixture(scope="module")
+def launched(small_config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The runs of one launch of two processes: `SGD`, `AdamW`, `whole`, and `cut`, which goes on inside an epoch."""
+    root = tmp_path_factory.mktemp("ddp")
+    folders = {name: root / name for name in (*OPTIMIZERS, "whole", "cut", "test")}
+    runs: dict[str, Any] = {str(folders[name]): [*optimized(name), *HALF] for name in OPTIMIZERS}
+    settings = [*HALF, "default_hooks.checkpoint.iters=7", "default_hooks.checkpoint.keep=99"]
+    runs[str(folders["whole"])] = [*settings, "train_dataloader.num_workers=1"]
+    jobs = {"runs": runs, "whole": str(folders["whole"]), "cut": str(folders["cut"]), "test": str(folders["test"])}
+    script = root / "launch.py"
+    script.write_text(SCRIPT)
+    torchrun(str(script), str(small_config), json.dumps({**jobs, "point": POINT}))
+    return folders
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_equals_one_process(small_run: Run, launched: dict[str, Path], optimizer: str) -> None:
+    one, two = small_run("one", *optimized(optimizer)), launched[optimizer]
     expected, found = (read_checkpoint(folder / "epoch_2.pth") for folder in (one, two))
     assert expected["meta"]["iter"] == found["meta"]["iter"] == 10
     for name, value in expected["state_dict"].items():
@@ -71,5 +91,24 @@ def test_equals_one_process(small_config: Path, small_run: Run, tmp_path: Path, 
     for key, record in records[0].items():
         for figure in {"loss", "lr", "top1"} & record.keys():
             assert records[1][key][figure] == pytest.approx(record[figure], abs=1e-5), f"{figure} of {key}"
-    assert len(found["rng"]) == 2
-    assert not torch.equal(found["rng"][0]["torch"], found["rng"][1]["torch"]), "processes draw different numbers"
+
+
+def test_processes_draw_different_numbers(launched: dict[str, Path]) -> None:
+    first, second = read_checkpoint(launched["whole"] / POINT)["rng"]
+    assert not torch.equal(first["torch"], second["torch"])
+
+
+def test_resumes_exactly_inside_an_epoch(launched: dict[str, Path]) -> None:
+    """Every process continues with its own random numbers."""
+    whole, cut = (read_checkpoint(launched[name] / "epoch_3.pth") for name in ("whole", "cut"))
+    for part in ("state_dict", "ema_state_dict"):
+        assert all(torch.equal(value, cut[part][name]) for name, value in whole[part].items())
+    assert any(r["kind"] == "resume" and r["iter"] == 7 for r in read_log(launched["cut"]))
+
+
+def test_evaluation_by_two_processes(launched: dict[str, Path]) -> None:
+    """21 images do not divide by two: the repeated one is not counted."""
+    figures = json.loads((launched["test"] / "figures.json").read_text())
+    best = max((r for r in read_log(launched["cut"]) if r["kind"] == "val"), key=lambda r: r["top1"])
+    assert figures["top1"] == pytest.approx(best["top1"])
+    assert sum(map(sum, json.loads((launched["test"] / "confusion.json").read_text())["matrix"])) == 21
