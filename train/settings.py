@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib.util
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.config import config as mmengine_config
 
 from vizoo.backbones.base import nearest
 
+SHORTHANDS = {
+    "data_root": ("train_dataloader.dataset.root", "val_dataloader.dataset.root"),
+    "num_classes": ("model.backbone.num_classes", "model.mixup.num_classes"),
+    "batch_size": ("train_dataloader.batch_size", "val_dataloader.batch_size"),
+    "workers": ("train_dataloader.num_workers", "val_dataloader.num_workers"),
+    "epochs": ("train_cfg.max_epochs",),
+    "lr": ("optim_wrapper.optimizer.lr",),
+}
+"""Short names for what is set most, some of it in two places; parts that a config leaves out are passed over."""
 FREE = ("model.backbone",)
 """Below these, keys may be new: `vizoo.create_model` checks them itself, and names the nearest."""
 
@@ -58,7 +70,8 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         name: As for `config_path`.
-        overrides: `key=value` pairs; keys are dotted (`optim_wrapper.optimizer.lr=1e-4`, list entries by number).
+        overrides: `key=value` pairs; keys are dotted (`optim_wrapper.optimizer.lr=1e-4`, list entries by number), or
+            one of `SHORTHANDS`.
 
     Returns:
         Plain values only: classes are named by their import path.
@@ -69,14 +82,46 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
         FileNotFoundError: A path to a file that is not there.
     """
     path = config_path(name)
-    lazy = Config.fromfile(str(path), lazy_import=True) if _is_lazy(path) else Config.fromfile(str(path))
+    with _bases_found():
+        lazy = Config.fromfile(str(path), lazy_import=True) if _is_lazy(path) else Config.fromfile(str(path))
     config = Config(lazy.to_dict(), filename=str(path))
     for pair in overrides:
         key, found, text = pair.partition("=")
         if not found or not key.strip():
             raise ValueError(f"a setting must be written key=value, got {pair!r}")
-        set_value(config, key.strip(), _parse(text.strip()))
+        for place in _places(config, key.strip()):
+            set_value(config, place, _parse(text.strip()))
     return config
+
+
+def _places(config: Config, key: str) -> Sequence[str]:
+    """The keys that a setting changes."""
+    known = {name for name, _ in walk(config)}
+    return [place for place in SHORTHANDS.get(key, ()) if place in known] or [key]
+
+
+@contextmanager
+def _bases_found() -> Iterator[None]:
+    """Let `with read_base():` import configs of packages.
+
+    mmengine asks pkg_resources where a package lies, which setuptools no longer has, and which an editable install of a
+    package that maps its folders would answer wrongly.
+    """
+    original = mmengine_config.get_installed_path
+    mmengine_config.get_installed_path = _package_folder
+    try:
+        yield
+    finally:
+        mmengine_config.get_installed_path = original
+
+
+def _package_folder(package: str) -> str:
+    if package == "vizoo":
+        return str(Path(str(files("vizoo.configs"))).parent)
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"a config is based on one of the package {package!r}, which is not installed")
+    return str(Path(spec.origin).parent)
 
 
 def _is_lazy(path: Path) -> bool:
@@ -132,7 +177,8 @@ def _hint(key: str, known: list[str]) -> str:
     leaf = key.rsplit(".", 1)[-1]
     same = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    found = list(dict.fromkeys(same[:2] + close))[:3]
+    short = difflib.get_close_matches(key, list(SHORTHANDS), n=1, cutoff=0.6)
+    found = list(dict.fromkeys(short + same[:2] + close))[:3]
     return (
         f"did you mean {' or '.join(map(repr, found))}?" if found else nearest(key, [n for n in known if "." not in n])
     )

@@ -315,3 +315,14 @@ def test_logged_figures(small_run: Run) -> None:
     assert {"loss", "lr", "grad_norm", "images_per_second", "eta"} <= records[1].keys()
     assert math.isclose(sum(map(sum, __import__("json").loads((folder / "confusion.json").read_text())["matrix"])), 21)
     assert list(folder.rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_trains_and_resumes_on_a_gpu(small_run: Run, dtype: str) -> None:
+    settings = (f"optim_wrapper.dtype={dtype}", "train_dataloader.dataset.noise=0.0", "lr=1e-2")
+    folder = small_run("a", *settings, "epochs=4", device="cuda")
+    small_run("a", *settings, "epochs=8", device="cuda", resume=True)
+    found = [r["loss"] for r in read_log(folder) if r["kind"] == "train"]
+    assert found[-1] < found[0]
+    assert all(value.device.type == "cpu" for value in read_checkpoint(folder / "epoch_8.pth")["state_dict"].values())

@@ -54,6 +54,19 @@ def test_values_are_set_in_their_own_type() -> None:
     assert config.compile == {"backend": "eager"}
 
 
+def test_shorthands() -> None:
+    settings = ["data_root=/data", "num_classes=37", "batch_size=4", "workers=1", "epochs=30", "lr=1e-4"]
+    config = load_config(SWIN, [*settings, "model.mixup=null", "num_classes=38"])
+    assert config.train_dataloader.dataset.root == config.val_dataloader.dataset.root == "/data"
+    assert config.model.backbone.num_classes == 38
+    assert config.train_dataloader.batch_size == config.val_dataloader.batch_size == 4
+    assert config.train_dataloader.num_workers == config.val_dataloader.num_workers == 1
+    assert (config.train_cfg.max_epochs, config.optim_wrapper.optimizer.lr) == (30, 1e-4)
+    assert load_config(SWIN, ["num_classes=37"]).model.mixup.num_classes == 37
+    with pytest.raises(KeyError, match="no key 'data_root'"):
+        load_config("demo/digits", ["data_root=/data"])
+
+
 def test_backbone_takes_any_override() -> None:
     assert load_config(SWIN, ["model.backbone.window_size=14"]).model.backbone.window_size == 14
 
@@ -65,8 +78,9 @@ def test_backbone_takes_any_override() -> None:
             "optim_wrapper.optimiser.lr=1",
             r"no key 'optim_wrapper.optimiser.lr'; did you mean 'optim_wrapper.optimizer.lr'",
         ),
-        ("lr=1", r"no key 'lr'; did you mean 'optim_wrapper.optimizer.lr'"),
-        ("max_epochs=1", r"no key 'max_epochs'; did you mean 'train_cfg.max_epochs'"),
+        ("weight_decay=1", r"no key 'weight_decay'; did you mean 'optim_wrapper.optimizer.weight_decay'"),
+        ("epoch=1", r"no key 'epoch'; did you mean 'epochs'"),
+        ("max_epochs=1", r"no key 'max_epochs'; did you mean 'epochs' or 'train_cfg.max_epochs'"),
         ("param_scheduler.1.warmup=1", r"no key 'param_scheduler.1.warmup'; did you mean 'param_scheduler.0.warmup'"),
         ("modle=1", r"no key 'modle'; did you mean 'model'"),
         ("xyzzy=1", r"no key 'xyzzy'; valid: auto_scale_lr, compile"),
@@ -104,6 +118,22 @@ def test_saved_configs_load_again(tmp_path: Path) -> None:
     again = load_config(tmp_path / "config.py")
     assert differences(config, again) == []
     assert again.optim_wrapper.optimizer.type == "torch.optim.AdamW"
+
+
+def test_a_config_of_ones_own_is_based_on_one_that_comes_along(tmp_path: Path) -> None:
+    lines = ["from mmengine.config import read_base", "from vizoo.train.hooks import EMA", "with read_base():"]
+    lines += [
+        f"    from vizoo.configs.{SWIN.replace('/', '.')} import *",
+        "custom_hooks = [dict(type=EMA, decay=0.99)]",
+    ]
+    (tmp_path / "mine.py").write_text("\n".join([*lines, "train_cfg.update(max_epochs=7)"]))
+    config = load_config(tmp_path / "mine.py")
+    assert config.custom_hooks == [{"type": "vizoo.train.hooks.EMA", "decay": 0.99}]
+    assert config.train_cfg.max_epochs == 7
+    assert load_config(SWIN).train_cfg.max_epochs == 300
+    (tmp_path / "lost.py").write_text("\n".join([lines[0], lines[2], "    from no_such_package.configs import *"]))
+    with pytest.raises(ValueError, match="package 'no_such_package', which is not installed"):
+        load_config(tmp_path / "lost.py")
 
 
 def test_differences() -> None:
