@@ -1,0 +1,270 @@
+"""Measures operators beside what torch offers for the same job, on one GPU, in one run.
+
+    python benchmarks/ops.py [--only window_attention] [--output benchmarks/results]
+
+Times are medians of events on the device, with the L2 cache flushed before each run: `_ms` of calls from Python as a
+user makes them, `_device_ms` of the same calls captured in a CUDA graph, without the launches. The least bytes of an
+operator are its inputs read once and its outputs written once; `_share` is the time they take at the bandwidth that a
+large copy reached in this run, over `_device_ms`. Extra memory is the peak beyond inputs, outputs and gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from triton.testing import do_bench
+
+from vizoo.ops import window_attention
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A use of window attention: where it stands in a model, and its sizes."""
+
+    name: str
+    batch: int
+    map: Pair
+    heads: int
+    window: int
+    shift: int
+    d: int = 32
+    cosine: bool = False
+
+
+SHAPES = [
+    Shape("swin_tiny stage 1", 128, (56, 56), 3, 7, 3),
+    Shape("swin_tiny stage 2", 128, (28, 28), 6, 7, 3),
+    Shape("swin_tiny stage 3", 128, (14, 14), 12, 7, 3),
+    Shape("swin_tiny stage 4", 128, (7, 7), 24, 7, 0),
+    Shape("swin_tiny stage 1, 800x1333", 2, (200, 334), 3, 7, 3),
+    Shape("swin_tiny stage 3, 800x1333", 2, (50, 84), 12, 7, 3),
+    Shape("swin_base stage 1, 384", 32, (96, 96), 4, 12, 6),
+    Shape("swin_base stage 3, 384", 32, (24, 24), 16, 12, 6),
+    Shape("swinv2_tiny stage 1, window 8", 64, (64, 64), 3, 8, 4, cosine=True),
+    Shape("swinv2_tiny stage 1, window 16", 64, (64, 64), 3, 16, 8, cosine=True),
+    Shape("swinv2_base stage 1, window 24", 16, (96, 96), 4, 24, 12, cosine=True),
+]
+
+
+def eager_sdpa(
+    qkv: Tensor,
+    bias: Tensor,
+    cosine_scale: Tensor | None,
+    padding: Tensor,
+    mask: Tensor | None,
+    window: int,
+    shift: int,
+) -> Tensor:
+    """What a model does without the operator: pad, roll, partition, attend with a mask made beforehand, and back."""
+    B, H, W, _, h, d = qkv.shape
+    bottom, right = -H % window, -W % window
+    if bottom or right:
+        full = padding.to(qkv.dtype).expand(B, H + bottom, W + right, 3, h, d).clone()
+        full[:, :H, :W] = qkv
+        qkv = full
+    Hp, Wp = H + bottom, W + right
+    if shift:
+        qkv = qkv.roll((-shift, -shift), (1, 2))
+    tokens = qkv.view(B, Hp // window, window, Wp // window, window, 3, h, d).permute(5, 0, 1, 3, 6, 2, 4, 7)
+    q, k, v = tokens.reshape(3, -1, h, window * window, d)
+    scale = None
+    if cosine_scale is not None:
+        q, k, scale = F.normalize(q, dim=-1) * cosine_scale.to(q.dtype)[:, None, None], F.normalize(k, dim=-1), 1.0
+    logits = bias.to(q.dtype)[None]
+    if mask is not None:
+        logits = (logits + mask[:, None].to(q.dtype)).repeat(B, 1, 1, 1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=logits, scale=scale)
+    out = out.view(B, Hp // window, Wp // window, h, window, window, d).permute(0, 1, 4, 2, 5, 3, 6)
+    out = out.reshape(B, Hp, Wp, h, d)
+    if shift:
+        out = out.roll((shift, shift), (1, 2))
+    return out[:, :H, :W]
+
+
+def shift_mask(shape: Shape) -> Tensor | None:
+    """The mask of every window of the padded map, (windows, N, N); None without a shift."""
+    if not shape.shift:
+        return None
+    w, parts = shape.window, []
+    for size in shape.map:
+        padded = -(-size // w) * w
+        place = torch.arange(padded, device="cuda")
+        parts.append((place >= padded - w).int() + (place >= padded - shape.shift).int())
+    label = 3 * parts[0][:, None] + parts[1][None, :]
+    label = label.view(len(parts[0]) // w, w, len(parts[1]) // w, w).transpose(1, 2).reshape(-1, w * w)
+    return -100.0 * (label[:, :, None] != label[:, None, :])
+
+
+def inputs(shape: Shape) -> dict[str, Tensor]:
+    """Random tensors that ask for gradients, with the dtypes they have under autocast."""
+    n = shape.window**2
+    tensors = {
+        "qkv": torch.randn(shape.batch, *shape.map, 3, shape.heads, shape.d, device="cuda", dtype=torch.bfloat16),
+        "bias": torch.randn(shape.heads, n, n, device="cuda"),
+        "padding": torch.randn(3, shape.heads, shape.d, device="cuda", dtype=torch.bfloat16),
+    }
+    if shape.cosine:
+        tensors["cosine_scale"] = 1 + 9 * torch.rand(shape.heads, device="cuda")
+    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+
+
+def implementations(shape: Shape) -> dict[str, Callable[[dict[str, Tensor]], Tensor]]:
+    """The ways to compute one shape, by name."""
+    mask = shift_mask(shape)
+
+    def ours(tensors: dict[str, Tensor]) -> Tensor:
+        return window_attention(**tensors, window=shape.window, shift=shape.shift, implementation="triton")
+
+    def sdpa(tensors: dict[str, Tensor]) -> Tensor:
+        return eager_sdpa(
+            tensors["qkv"], tensors["bias"], tensors.get("cosine_scale"), tensors["padding"], mask,
+            shape.window, shape.shift,
+        )  # fmt: skip
+
+    return {"vizoo": ours, "sdpa eager": sdpa, "sdpa compiled": torch.compile(sdpa, dynamic=False)}
+
+
+def measure(function: Callable[[dict[str, Tensor]], Tensor], tensors: dict[str, Tensor]) -> dict[str, float]:
+    """Times in ms, with their 20 % and 80 % quantiles, and extra memory in bytes."""
+    leaves = [tensor for name, tensor in tensors.items()]
+    incoming = torch.randn_like(function(tensors))
+
+    @torch.no_grad()
+    def forward() -> None:
+        function(tensors)
+
+    def both() -> None:
+        torch.autograd.grad(function(tensors), leaves, incoming, allow_unused=True)
+
+    results = {}
+    for name, run in (("forward", forward), ("both", both)):
+        for kind, timed in (("", run), ("_device", captured(run))):
+            median, low, high = do_bench(timed, warmup=30, rep=200, quantiles=[0.5, 0.2, 0.8])
+            results |= {f"{name}{kind}_ms": median, f"{name}{kind}_ms_low": low, f"{name}{kind}_ms_high": high}
+    return {**results, "extra_bytes": extra_memory(function, tensors, incoming)}
+
+
+def captured(run: Callable[[], None]) -> Callable[[], None]:
+    """The launches of a call as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def extra_memory(
+    function: Callable[[dict[str, Tensor]], Tensor], tensors: dict[str, Tensor], incoming: Tensor
+) -> float:
+    """Peak of forward and backward beyond inputs, output and gradients."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = function(tensors)
+    gradients = torch.autograd.grad(out, list(tensors.values()), incoming, allow_unused=True)
+    needed = out.nbytes + sum(gradient.nbytes for gradient in gradients if gradient is not None)
+    return torch.cuda.max_memory_allocated() - before - needed
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written each second by a large copy on the device."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (do_bench(lambda: target.copy_(source), rep=200, return_mode="median") / 1e3)
+
+
+def check(found: Tensor, expected: Tensor) -> None:
+    """No time is reported of a wrong result."""
+    error = ((found - expected).norm() / expected.norm()).item()
+    if not error < 2e-2:
+        raise RuntimeError(f"the operator and SDPA differ by {error:.2e}")
+
+
+def measure_window_attention(bandwidth: float) -> list[dict[str, Any]]:
+    """Rows of the result, one for each shape and implementation."""
+    rows = []
+    for shape in SHAPES:
+        tensors = inputs(shape)
+        ways = implementations(shape)
+        check(ways["vizoo"](tensors).float(), ways["sdpa eager"](tensors).float())
+        least = 4 * tensors["qkv"].nbytes / 3
+        for name, function in ways.items():
+            figures = measure(function, tensors)
+            shares = {
+                "forward_share": least / bandwidth / figures["forward_device_ms"] * 1e3,
+                # Backward reads qkv and the incoming gradient, and writes that of qkv.
+                "both_share": (least + 7 * tensors["qkv"].nbytes / 3) / bandwidth / figures["both_device_ms"] * 1e3,
+            }
+            rows.append({"op": "window_attention", **asdict(shape), "implementation": name, **figures, **shares})
+            print(line(rows[-1]), flush=True)
+        torch.compiler.reset()
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    parts = [f"{row['name']:32} {row['implementation']:14}"]
+    for kind, title in (("forward", "forward"), ("both", "with backward")):
+        device, share = row[f"{kind}_device_ms"], row[f"{kind}_share"]
+        parts.append(f"{title} {row[f'{kind}_ms']:8.4f} ms, {device:8.4f} on the device ({share:5.1%})")
+    return "  ".join([*parts, f"extra {int(row['extra_bytes']) / 2**20:7.1f} MiB"])
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on."""
+
+    def ask(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "commit": ask("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+OPERATORS = {"window_attention": measure_window_attention}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=sorted(OPERATORS), help="measure one operator")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the result")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("operators are measured on a CUDA GPU, and there is none")
+    bandwidth = copy_bandwidth()
+    result = {**environment(), "copy_bytes_per_second": bandwidth, "rows": []}
+    print({key: value for key, value in result.items() if key != "rows"}, flush=True)
+    for name in [options.only] if options.only else sorted(OPERATORS):
+        result["rows"] += OPERATORS[name](bandwidth)
+    options.output.mkdir(parents=True, exist_ok=True)
+    slug = torch.cuda.get_device_name().lower().replace(" ", "-")
+    path = options.output / f"ops-{slug}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
