@@ -136,7 +136,7 @@ def channel_attention(qkv: Tensor) -> Tensor:
     with without_autocast(qkv.device):
         at_least_float32 = torch.promote_types(qkv.dtype, torch.float32)
         k, v = k.to(at_least_float32), v.to(at_least_float32)
-        logits = (k * k.shape[-1] ** -0.5).transpose(-2, -1) @ v
+        logits = k.transpose(-2, -1) @ v * k.shape[-1] ** -0.5
         weights = logits.softmax(dim=-1).to(q.dtype)
         return (q @ weights.transpose(-2, -1)).transpose(1, 2)
 
