@@ -122,11 +122,11 @@ def test_peak_memory_is_what_a_step_takes() -> None:
         pytest.skip("this kernel does not let a process reset its peak")
     taken = memory.of(lambda: torch.ones(64 << 20, dtype=torch.uint8))
     assert taken is not None
-    assert 64 << 20 <= taken < 200 << 20
+    assert 63 << 20 <= taken < 200 << 20  # the kernel counts pages in batches
     kept.append(torch.ones(32 << 20, dtype=torch.uint8))
     resting = memory.of(lambda: None)
     assert resting is not None
-    assert resting >= 32 << 20  # what the model holds counts, what an earlier step freed does not
+    assert resting >= 31 << 20  # what the model holds counts, what an earlier step freed does not
     assert resting < taken + (32 << 20)
 
 
