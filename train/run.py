@@ -137,7 +137,7 @@ def _load_weights(model: torch.nn.Module, checkpoint: str | Path) -> None:
 def _put(settings: Config, **values: Any) -> None:
     """Settings that the entry points take as arguments; None leaves the config's."""
     if values.get("seed") is not None:
-        settings.randomness.seed = values["seed"]
+        settings.randomness = {**settings.get("randomness", {}), "seed": values["seed"]}
     if values.get("device") is not None:
         settings.device = values["device"]
     if values.get("quiet"):
