@@ -207,6 +207,14 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(gather_cells(x)))
 
 
+def cut_patches(x: Tensor, size: int) -> Tensor:
+    """Pixels of each patch, ordered as a convolution weighs them: (B, C, H, W) to (B, H/size, W/size, C size^2)."""
+    batch, channels, height, width = x.shape
+    rows, columns = height // size, width // size
+    x = x.reshape(batch, channels, rows, size, columns, size)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows, columns, channels * size * size)
+
+
 class PatchEmbed(nn.Module):
     """Stem: one token per patch, normalised."""
 
@@ -218,7 +226,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) to (B, ceil(H/patch), ceil(W/patch), C)."""
-        return self.norm(self.proj(pad_to_multiple(x, self.patch_size)).permute(0, 2, 3, 1))
+        # A convolution whose stride is its kernel is a linear layer on patches, which gives the map in our layout.
+        patches = cut_patches(pad_to_multiple(x, self.patch_size), self.patch_size)
+        return self.norm(F.linear(patches, self.proj.weight.flatten(1), self.proj.bias))
 
 
 class SwinStage(nn.Module):
