@@ -94,8 +94,8 @@ def curves(found: Findings) -> Section:
     ]
     lead = (
         "Training sees every image turned, moved and scaled anew each epoch, so its loss may lie above that of the "
-        "held-out images, which are shown as they are. What is reported is the last epoch, not the best one: nothing "
-        "was chosen by looking at the held-out images."
+        "held-out images, which are shown as they are. What is reported is the last epoch, not the best one, so no "
+        "luck on the held-out images is picked."
     )
     return Section("learning", "How it learned", lead, columns([card(chart) for chart in charts]))
 

@@ -81,6 +81,7 @@ def table(title: str, rows: Sequence[tuple[str, str]]) -> Markup:
 
 def seconds(value: float) -> str:
     """Seconds in words that suit their length."""
-    if value < 100:
-        return f"{value:.0f} seconds" if value >= 10 else f"{value:.1f} seconds"
-    return f"{value // 60:.0f}:{value % 60:02.0f} minutes"
+    if value < 9.95:
+        return f"{value:.1f} seconds"
+    minutes, rest = divmod(round(value), 60)
+    return f"{round(value)} seconds" if value < 99.5 else f"{minutes}:{rest:02} minutes"

@@ -219,6 +219,15 @@ def test_an_image_survives_as_a_data_uri() -> None:
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data)))[::2, ::2], image)
 
 
-@pytest.mark.parametrize(("value", "text"), [(3.21, "3.2 seconds"), (61.0, "61 seconds"), (125.4, "2:05 minutes")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (3.21, "3.2 seconds"),
+        (9.97, "10 seconds"),
+        (61.0, "61 seconds"),
+        (119.7, "2:00 minutes"),
+        (125.4, "2:05 minutes"),
+    ],
+)
 def test_seconds_in_words(value: float, text: str) -> None:
     assert seconds(value) == text
