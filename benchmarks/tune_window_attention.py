@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import runpy
 from collections.abc import Callable, Iterator
+from operator import itemgetter
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from ops import SHAPES, Shape, copy_bandwidth, inputs
 from vizoo.ops.window_attention import function, tiles
 from vizoo.ops.window_attention.tiles import Tile
+
+# The shapes of the benchmark beside this file, which is a script and not a module of the package.
+SHAPES, Shape, copy_bandwidth, inputs = itemgetter("SHAPES", "Shape", "copy_bandwidth", "inputs")(
+    runpy.run_path(str(Path(__file__).with_name("ops.py")))
+)
 
 WHOLE_FORWARD = list(itertools.product((2, 4, 8), (1, 2, 3, 4), (2, 3, 4, 6, 8, 16), (None,)))
 WHOLE_BACKWARD = list(itertools.product((4, 8), (1, 2), (1, 2, 3, 4, 6, 8), (None, 168, 128)))

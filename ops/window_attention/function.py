@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import tiles
 from .reference import known
@@ -192,6 +191,14 @@ def _gradients(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Any, ...]:
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
+def register_flops() -> None:
+    """Tells torch's `FlopCounterMode` what the operators cost. Not on import: that module imports triton."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    for op, formula in FLOPS.items():
+        register_flop_formula(op)(formula)
+
+
 def _products(qkv: Sequence[int], window: Sequence[int]) -> int:
     """Operations of one matrix product over the logits of all windows."""
     B, H, W, _, heads, d = qkv
@@ -199,14 +206,12 @@ def _products(qkv: Sequence[int], window: Sequence[int]) -> int:
     return 2 * B * (-(-H // window[0])) * (-(-W // window[1])) * heads * n * n * d
 
 
-@register_flop_formula(torch.ops.vizoo.window_attention)
 def _forward_flops(
     qkv: Sequence[int], bias: Any, cosine_scale: Any, padding: Any, window: Sequence[int], *args: Any, **kwargs: Any
 ) -> int:
     return 2 * _products(qkv, window)
 
 
-@register_flop_formula(torch.ops.vizoo.window_attention_backward)
 def _backward_flops(
     grad_out: Any,
     qkv: Sequence[int],
@@ -220,3 +225,10 @@ def _backward_flops(
     **kwargs: Any,
 ) -> int:
     return 5 * _products(qkv, window)
+
+
+FLOPS: dict[Any, Callable[..., int]] = {
+    torch.ops.vizoo.window_attention: _forward_flops,
+    torch.ops.vizoo.window_attention_backward: _backward_flops,
+}
+"""Operations of each operator from the shapes of its arguments, as `FlopCounterMode(custom_mapping=...)` takes them."""

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from . import kernels, tiles
+from .function import register_flops
+
+register_flops()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vizoo import ops
 from vizoo.ops import window_attention
 from vizoo.ops.window_attention import function, tiles
+from vizoo.ops.window_attention.function import FLOPS
 
 Pair = tuple[int, int]
 
@@ -361,7 +362,7 @@ def test_operations_are_counted(case: Case, device: torch.device) -> None:
     for implementation in ("reference", "triton"):
         tensors = case.tensors(torch.float32, device)
         # Torch has no count for its fused attention on a CPU.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
             case.call(implementation)(tensors)
         counts.append(counter.get_total_flops())
     windows, n = 2 * 2, 12
