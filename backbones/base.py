@@ -30,7 +30,8 @@ def nearest(name: str, choices: Iterable[str]) -> str:
         Text such as `did you mean 'depths'?`, ready to stand behind a semicolon.
     """
     known = sorted(choices)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    starting = [choice for choice in known if name and choice.startswith(name)]
+    close = starting[:3] or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(map(repr, close))}?"
     return f"valid: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"

@@ -110,7 +110,6 @@ FAMILY = Family(
     mixer="pooling",
     paper="an example, after the token mixer of MetaFormer (CVPR 2022, arXiv 2111.11418)",
     layouts=(CheckpointLayout(name="official", marker=r"^reduce\.0\."),),
-    stem="reduce.0",
     tiny={"img_size": 64, "channels": (8, 16), "depths": (1, 1)},
 )
 
