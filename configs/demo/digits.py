@@ -3,7 +3,7 @@
 Command: vizoo train demo/digits
 Hardware: 2 CPU cores.
 Time: 60 to 70 s of CPU time on one thread of an AMD EPYC.
-Expected: at least 97 % top-1 on the 359 held-out digits. Seeds 0 to 4 gave 98.9 to 99.4 % (an image is 0.3 %), two other
+Expected: at least 97 % top-1 on 359 held-out digits. Seeds 0 to 4 gave 98.9 to 99.4 % (an image is 0.3 %); two other
 splits of the data, which had no part in choosing the recipe, 99.2 % each.
 Status: run, also by `vizoo demo`.
 
