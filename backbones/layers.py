@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Context in which autocast leaves dtypes alone; for arithmetic whose range half precision cannot hold."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()  # such as the meta device, on which sizes are counted
+    if device.type == "meta":  # on which sizes are counted; it knows no autocast
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)  # asking whether there is one breaks the graph in older torch
 
 
 class DropPath(nn.Module):
@@ -71,9 +71,11 @@ def round_up(size: int, multiple: int) -> int:
 
 def smaller(a: int, b: int) -> int:
     """`min` that decides nothing where sizes are symbolic."""
-    return cast(int, torch.sym_min(a, b))
+    # Dynamo makes a symbolic min of the plain one, and in older torch breaks the graph at the other.
+    return min(a, b) if torch.compiler.is_dynamo_compiling() else cast(int, torch.sym_min(a, b))
 
 
 def larger(a: int, b: int) -> int:
     """`max` that decides nothing where sizes are symbolic."""
-    return cast(int, torch.sym_max(a, b))
+    # Dynamo makes a symbolic max of the plain one, and in older torch breaks the graph at the other.
+    return max(a, b) if torch.compiler.is_dynamo_compiling() else cast(int, torch.sym_max(a, b))
