@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .dispatch import explain, use
+from .layer_norm import layer_norm
 from .window_attention import window_attention
 
-__all__ = ["explain", "use", "window_attention"]
+__all__ = ["explain", "layer_norm", "use", "window_attention"]

@@ -36,6 +36,8 @@ class Operator:
         triton: The fused kernels.
         unsupported: Why the kernels cannot take these arguments; empty when they can. It must not raise for checked
             arguments: an exception here is a bug, and is not taken for an answer.
+        compilers_fuse_reference: Whether a compiler merges the reference with its neighbours, so that it is the faster
+            one there. Then it is what compilation and export get, unless the kernels are forced.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Operator:
     reference: Callable[..., Tensor]
     triton: Callable[..., Tensor]
     unsupported: Callable[..., list[str]]
+    compilers_fuse_reference: bool = False
 
 
 _operators: dict[Callable[..., Any], Operator] = {}
@@ -104,6 +107,8 @@ def call(
     if implementation is not None:
         _check_name(implementation)
     choice = _forced.get() if implementation is None else implementation
+    if choice is None and operator.compilers_fuse_reference and torch.compiler.is_compiling():
+        choice = "reference"
     # The meta device computes nothing, so there is nothing to be slow at and nothing to warn of.
     if choice == "reference" or (choice is None and device.type in ("cpu", "meta")):
         return operator.reference(**arguments)

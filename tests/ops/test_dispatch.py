@@ -72,6 +72,18 @@ def test_use_is_undone_by_an_exception() -> None:
     assert run(LONG) == 3
 
 
+def test_compilers_get_a_reference_they_fuse_unless_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = replace(OPERATOR, compilers_fuse_reference=True)
+    arguments = {"x": LONG}
+    assert dispatch.call(fused, None, GPU, arguments)[0] == 3
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert dispatch.call(fused, None, GPU, arguments)[0] == 2
+    assert dispatch.call(fused, "triton", GPU, arguments)[0] == 3
+    with ops.use("triton"):
+        assert dispatch.call(fused, None, GPU, arguments)[0] == 3
+    assert dispatch.call(OPERATOR, None, GPU, arguments)[0] == 3
+
+
 def test_use_does_not_reach_other_threads() -> None:
     seen: list[float] = []
     with ops.use("reference"):
