@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-from vizoo.ops import window_attention
+from vizoo.ops import layer_norm, window_attention
 
 Pair = tuple[int, int]
 
@@ -57,6 +57,18 @@ SHAPES = [
     Shape("swinv2_tiny stage 1, window 16", 64, (64, 64), 3, 16, 8, cosine=True),
     Shape("swinv2_base stage 1, window 24", 16, (96, 96), 4, 24, 12, cosine=True),
 ]
+
+
+ROWS = {
+    "swin_tiny stage 1": (128, 56, 56, 96),
+    "swin_tiny stage 2": (128, 28, 28, 192),
+    "swin_tiny stage 3": (128, 14, 14, 384),
+    "swin_tiny stage 4": (128, 7, 7, 768),
+    "swin_tiny merging 1": (128, 28, 28, 384),
+    "swin_large stage 4": (128, 7, 7, 1536),
+    "swin_tiny stage 3, one image": (1, 14, 14, 384),
+}
+"""Inputs of layer normalisation: where they stand in a model, and their sizes."""
 
 
 def eager_sdpa(
@@ -195,7 +207,7 @@ def check(found: Tensor, expected: Tensor) -> None:
     """No time is reported of a wrong result."""
     error = ((found - expected).norm() / expected.norm()).item()
     if not error < 2e-2:
-        raise RuntimeError(f"the operator and SDPA differ by {error:.2e}")
+        raise RuntimeError(f"the operator and torch differ by {error:.2e}")
 
 
 def measure_window_attention(bandwidth: float) -> list[dict[str, Any]]:
@@ -214,6 +226,35 @@ def measure_window_attention(bandwidth: float) -> list[dict[str, Any]]:
                 "both_share": (least + 7 * tensors["qkv"].nbytes / 3) / bandwidth / figures["both_device_ms"] * 1e3,
             }
             rows.append({"op": "window_attention", **asdict(shape), "implementation": name, **figures, **shares})
+            print(line(rows[-1]), flush=True)
+        torch.compiler.reset()
+    return rows
+
+
+def measure_layer_norm(bandwidth: float) -> list[dict[str, Any]]:
+    """The norm before a linear layer under autocast: float32 comes in, bfloat16 is wanted."""
+
+    def ours(tensors: dict[str, Tensor]) -> Tensor:
+        return layer_norm(**tensors, dtype=torch.bfloat16, implementation="triton")
+
+    def plain(tensors: dict[str, Tensor]) -> Tensor:
+        return F.layer_norm(tensors["x"], tensors["x"].shape[-1:], tensors["weight"], tensors["bias"]).bfloat16()
+
+    rows = []
+    for name, shape in ROWS.items():
+        sizes = {"x": shape, "weight": shape[-1:], "bias": shape[-1:]}
+        tensors = {key: torch.randn(size, device="cuda").requires_grad_() for key, size in sizes.items()}
+        check(ours(tensors).float(), plain(tensors).float())
+        least = tensors["x"].nbytes * 3 // 2
+        ways = {"vizoo": ours, "torch eager": plain, "torch compiled": torch.compile(plain, dynamic=False)}
+        for way, function in ways.items():
+            figures = measure(function, tensors)
+            shares = {
+                "forward_share": least / bandwidth / figures["forward_device_ms"] * 1e3,
+                # Backward reads x and the incoming gradient, and writes that of x.
+                "both_share": (least + tensors["x"].nbytes * 5 // 2) / bandwidth / figures["both_device_ms"] * 1e3,
+            }
+            rows.append({"op": "layer_norm", "name": name, "shape": shape, "implementation": way, **figures, **shares})
             print(line(rows[-1]), flush=True)
         torch.compiler.reset()
     return rows
@@ -244,7 +285,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-OPERATORS = {"window_attention": measure_window_attention}
+OPERATORS = {"layer_norm": measure_layer_norm, "window_attention": measure_window_attention}
 
 
 def main() -> None:

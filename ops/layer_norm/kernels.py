@@ -1,6 +1,6 @@
 """Triton kernels of layer normalisation. A program holds ROWS whole rows of C channels at a time, in float32.
 
-Both recompute mean and deviation from the row at hand: that needs no memory, and no time beside that of reading it.
+Both recompute mean and deviation: the row is at hand, and nothing but the input has to be kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ import triton.language as tl
 def _places(row, rows, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """Offset of each number of the given rows, and whether it exists."""
     channel = tl.arange(0, BLOCK_C)
-    offset = row.to(tl.int64)[:, None] * C + channel[None, :]
-    if C == BLOCK_C:
-        return offset, (row < rows)[:, None]
-    return offset, (row < rows)[:, None] & (channel < C)[None, :]
+    return row.to(tl.int64)[:, None] * C + channel[None, :], (row < rows)[:, None] & (channel < C)[None, :]
 
 
 @triton.jit
