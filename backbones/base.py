@@ -20,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vizoo.weights.record import IMAGENET_MEAN, IMAGENET_STD, Weights
 
+from .layers import LayerNorm
+
 MIN_SIDE = 32
 
 
@@ -249,7 +251,7 @@ class Backbone(nn.Module):
 
     def make_output_norm(self, channels: int) -> nn.Module:
         """A norm for a dense version's output map, in the family's layout."""
-        return nn.LayerNorm(channels)
+        return LayerNorm(channels, keep_float32=True)
 
     # What follows from it.
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vizoo.ops import layer_norm
+
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Context in which autocast leaves dtypes alone; for arithmetic whose range half precision cannot hold."""
@@ -40,6 +42,35 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         """The rate, for printing."""
         return f"rate={self.rate:g}"
+
+
+class LayerNorm(nn.LayerNorm):
+    """Norm of the last axis, which under autocast writes what the linear layer behind it reads.
+
+    torch's own gives float32 there, and the next layer's conversion passes over the map once more. The arithmetic is
+    float32 in both, the value rounded the same.
+
+    Args:
+        channels: Length of the last axis.
+        keep_float32: Give float32 under autocast, as torch does; for a norm that no linear layer follows.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def __init__(self, channels: int, keep_float32: bool = False) -> None:
+        super().__init__(channels)
+        self.keep_float32 = keep_float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., channels) to the same shape."""
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, dtype=self._dtype(x))
+
+    def _dtype(self, x: Tensor) -> torch.dtype:
+        device = x.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return x.dtype
+        return torch.float32 if self.keep_float32 else torch.get_autocast_dtype(device)
 
 
 class Mlp(nn.Module):

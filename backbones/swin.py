@@ -36,7 +36,7 @@ from .base import (
     init_linear,
     make_classifier,
 )
-from .layers import DropPath, Mlp, larger, pad_to_multiple, smaller
+from .layers import DropPath, LayerNorm, Mlp, larger, pad_to_multiple, smaller
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,9 +169,9 @@ class SwinBlock(nn.Module):
         super().__init__()
         channels = config.channels[stage]
         self.shifted = shifted
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels)
         self.attn = self.make_attention(config, stage)
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = LayerNorm(channels)
         self.mlp = Mlp(channels, int(channels * config.mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
@@ -199,7 +199,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * channels)
+        self.norm = LayerNorm(4 * channels)
         self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, channels, patch_size, patch_size)
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels, keep_float32=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) to (B, ceil(H/patch), ceil(W/patch), C)."""
@@ -266,7 +266,7 @@ class Swin(Backbone):
         if config.output_norms:
             self.add_output_norms()
         if not self.features_only:
-            self.norm = nn.LayerNorm(self.num_features)
+            self.norm = LayerNorm(self.num_features, keep_float32=True)
             self.head = make_classifier(self.num_features, self.num_classes)
         self.apply(self._init_module)
 

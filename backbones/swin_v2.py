@@ -26,7 +26,7 @@ from vizoo.ops import window_attention
 from vizoo.weights.record import Weights
 
 from .base import Family, Variant, init_linear
-from .layers import larger, smaller, without_autocast
+from .layers import LayerNorm, larger, smaller, without_autocast
 from .swin import (
     OFFICIAL_LAYOUT,
     TIMM_LAYOUT,
@@ -140,7 +140,7 @@ class PatchMergingV2(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
-        self.norm = nn.LayerNorm(2 * channels)
+        self.norm = LayerNorm(2 * channels, keep_float32=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, ceil(H/2), ceil(W/2), 2C)."""

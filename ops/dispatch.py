@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -19,7 +18,8 @@ from torch import Tensor
 ImplementationName = Literal["reference", "triton"]
 IMPLEMENTATIONS: tuple[ImplementationName, ...] = get_args(ImplementationName)
 
-_forced: ContextVar[ImplementationName | None] = ContextVar("vizoo_implementation", default=None)
+# A plain global, not a ContextVar: that breaks the graph of a compiled model at every operator up to torch 2.11.
+_forced: ImplementationName | None = None
 _reported: set[tuple[str, str]] = set()
 
 
@@ -60,19 +60,20 @@ def register(function: Callable[..., Any], operator: Operator) -> None:
 
 @contextmanager
 def use(implementation: ImplementationName) -> Iterator[None]:
-    """Forces one implementation for every operator called in this context, in this thread or task.
+    """Forces one implementation for every operator called in this context, in all threads of the process.
 
     `use("reference")` is what export needs. An `implementation=` argument of a single call wins over it.
 
     Raises:
         ValueError: There is no such implementation.
     """
+    global _forced
     _check_name(implementation)
-    token = _forced.set(implementation)
+    before, _forced = _forced, implementation
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[ImplementationName, list[str]]:
@@ -106,7 +107,7 @@ def call(
     """
     if implementation is not None:
         _check_name(implementation)
-    choice = _forced.get() if implementation is None else implementation
+    choice = _forced if implementation is None else implementation
     if choice is None and operator.compilers_fuse_reference and torch.compiler.is_compiling():
         choice = "reference"
     # The meta device computes nothing, so there is nothing to be slow at and nothing to warn of.
