@@ -21,11 +21,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vizoo.ops import window_attention
+from vizoo.ops import channel_attention, window_attention
 from vizoo.weights.record import Weights
 
 from .base import Backbone, CheckpointLayout, Family, Stage, Variant, drop_path_rates, init_linear, make_classifier
-from .layers import DropPath, Mlp, pad_to_multiple, without_autocast
+from .layers import DropPath, Mlp, pad_to_multiple
 
 STRIDE = 4
 """Stride of the stem; every further stage halves the map."""
@@ -121,28 +121,8 @@ class SpatialAttention(nn.Module):
         return self.proj(out.flatten(3))
 
 
-def channel_attention(qkv: Tensor) -> Tensor:
-    """Attention between the channels of a group, each of which is one token seen over all positions of the image.
-
-    The softmax of k^T v weighs the channels of q, which play the part of the values (paper, equation 4).
-
-    Args:
-        qkv: As the projection leaves them, (B, N, 3, groups, d).
-
-    Returns:
-        (B, N, groups, d).
-    """
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, groups, N, d)
-    with without_autocast(qkv.device):
-        at_least_float32 = torch.promote_types(qkv.dtype, torch.float32)
-        k, v = k.to(at_least_float32), v.to(at_least_float32)
-        logits = k.transpose(-2, -1) @ v * k.shape[-1] ** -0.5
-        weights = logits.softmax(dim=-1).to(q.dtype)
-        return (q @ weights.transpose(-2, -1)).transpose(1, 2)
-
-
 class ChannelAttention(nn.Module):
-    """Attention between the channels of each group."""
+    """Attention between the channels of each group, over all positions (paper, equation 4)."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What only DaViT has: timm's names for it, channel attention, maps that are never copied, and its configuration."""
+"""What only DaViT has: timm's names for it, maps that are never copied, and its configuration."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import vizoo
-from vizoo.backbones.davit import DavitBlock, channel_attention
+from vizoo.backbones.davit import DavitBlock
 from vizoo.registry import families
 
 
@@ -38,29 +38,6 @@ def test_timms_checkpoint_gives_timms_logits(timms: nn.Module, size: tuple[int, 
     x = torch.randn(2, 3, *size)
     torch.testing.assert_close(model(x), timms(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.features(x)[-1], timms.forward_features(x), rtol=1e-4, atol=1e-5)
-
-
-def plain_channel_attention(qkv: Tensor) -> Tensor:
-    q, k, v = qkv.double().unbind(2)
-    weights = torch.einsum("bngi,bngj->bgij", k, v).mul(qkv.shape[-1] ** -0.5).softmax(-1)
-    return torch.einsum("bgij,bngj->bngi", weights, q)
-
-
-def test_channel_attention_follows_its_definition() -> None:
-    qkv = torch.randn(2, 35, 3, 3, 8, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(channel_attention(qkv), plain_channel_attention(qkv))
-    assert torch.autograd.gradcheck(channel_attention, qkv[:1, :5, :, :2, :4].detach().requires_grad_())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_logits_of_channel_attention_stay_in_float32(dtype: torch.dtype) -> None:
-    # The logits lie around 72,000: beyond float16, and bfloat16 would round away what distinguishes the channels.
-    qkv = 10 + torch.randn(1, 4096, 3, 1, 32) / 100
-    qkv = qkv.to(dtype)
-    with torch.autocast("cpu", dtype=dtype):
-        out = channel_attention(qkv)
-    assert out.dtype == dtype
-    torch.testing.assert_close(out.double(), plain_channel_attention(qkv), rtol=0, atol=0.05)
 
 
 def test_maps_stay_contiguous_between_blocks() -> None:
