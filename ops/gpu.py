@@ -24,8 +24,17 @@ def device_reasons(device: torch.device) -> list[str]:
         return []
     if device.type != "cuda" or torch.version.hip is not None:
         return [f"the kernels need an NVIDIA GPU, the input is on {device.type}"]
-    major = torch.cuda.get_device_properties(device).major
+    if torch.compiler.is_compiling():  # compilers warn of a cached function
+        major = torch.cuda.get_device_properties(device).major
+    else:
+        major = _major(device)
     return [] if major >= 8 else [f"the kernels need compute capability 8.0, this GPU has {major}.x"]
+
+
+@lru_cache
+def _major(device: torch.device) -> int:
+    """Compute capability of a GPU before the point. Asking the driver at each call would take microseconds."""
+    return torch.cuda.get_device_properties(device).major
 
 
 def unwatched(*tensors: Tensor) -> bool:

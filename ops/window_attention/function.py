@@ -1,14 +1,20 @@
-"""Window attention as a torch operator: registration, fake tensors, gradients, and what the kernels support."""
+"""Window attention as a torch operator: registration, fake tensors, gradients, and what the kernels support.
+
+A call in eager mode goes straight to the launch, with an autograd function where gradients are wanted: passing the
+registered operator can take longer than the kernel runs. Whoever traces or intercepts operators gets the registered
+one. Both share their gradient formula.
+"""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vizoo.ops import gpu
 
 from . import tiles
 from .reference import known
@@ -16,7 +22,6 @@ from .reference import known
 MAX_POSITIONS = 1024
 MAX_CHANNELS = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-TRITON_INSTALLED = find_spec("triton") is not None
 
 
 def unsupported_reasons(
@@ -31,29 +36,19 @@ def unsupported_reasons(
 ) -> list[str]:
     """Why the kernels cannot take these arguments; empty when they can."""
     del bias, cosine_scale, padding, shift, scale  # any will do
-    reasons = _device_reasons(qkv.device)
+    reasons = gpu.device_reasons(qkv.device)
     if qkv.dtype not in DTYPES:
         reasons.append(f"the kernels compute in float16, bfloat16 and float32, the input is {qkv.dtype}")
     if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
         reasons.append("the interpreter has no bfloat16")
     if known(window[0] * window[1] > MAX_POSITIONS):
         reasons.append(f"a window may have {MAX_POSITIONS} positions, this has {window[0]} x {window[1]}")
-    if known(qkv.shape[5] > MAX_CHANNELS):
-        reasons.append(f"a head may have {MAX_CHANNELS} channels, this has {qkv.shape[5]}")
-    if known(qkv[0].numel() >= 2**31 if qkv.shape[0] else False):
+    _, H, W, _, heads, d = qkv.shape
+    if known(d > MAX_CHANNELS):
+        reasons.append(f"a head may have {MAX_CHANNELS} channels, this has {d}")
+    if known(3 * H * W * heads * d >= 2**31):
         reasons.append("one image of qkv may have 2**31 - 1 numbers, this has more")
     return reasons
-
-
-def _device_reasons(device: torch.device) -> list[str]:
-    if not TRITON_INSTALLED:
-        return ["triton is not installed"]
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return []
-    if device.type != "cuda" or torch.version.hip is not None:
-        return [f"the kernels need an NVIDIA GPU, the input is on {device.type}"]
-    major = torch.cuda.get_device_properties(device).major
-    return [] if major >= 8 else [f"the kernels need compute capability 8.0, this GPU has {major}.x"]
 
 
 def window_attention_triton(
@@ -67,10 +62,27 @@ def window_attention_triton(
     scale: float,
 ) -> Tensor:
     """Computes what `vizoo.ops.window_attention` defines with the fused kernels."""
-    return _forward(qkv, bias, cosine_scale, padding, window, shift, scale)[0]
+    tensors = [tensor for tensor in (qkv, bias, cosine_scale, padding) if tensor is not None]
+    if not gpu.unwatched(*tensors):
+        return _forward(qkv, bias, cosine_scale, padding, window, shift, scale)[0]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _Eager.apply(qkv, bias, cosine_scale, padding, window, shift, scale)
+    return _launch_forward(qkv, bias, cosine_scale, padding, window, shift, scale)[0]
 
 
 # Triton is imported where a kernel is launched, so that importing the operators does not need it.
+
+
+def _launch_forward(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    from . import launch
+
+    return launch.forward(*arguments)
+
+
+def _launch_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+    from . import launch
+
+    return launch.backward(*arguments)
 
 
 @torch.library.custom_op(
@@ -89,11 +101,8 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output, and the log-sum-exp of each query where the backward kernels need it (else empty)."""
-    from . import launch
-
-    out, lse = _forward_like(qkv, bias, cosine_scale, padding, window, shift, scale)
-    launch.forward(qkv, bias, cosine_scale, padding, out, lse, window, shift, scale)
-    return out, lse
+    out, lse = _launch_forward(qkv, bias, cosine_scale, padding, window, shift, scale)
+    return out, qkv.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 @_forward.register_fake
@@ -133,11 +142,11 @@ def _backward(
     padding_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of qkv, bias, cosine_scale and padding; empty where not asked for."""
-    from . import launch
-
-    return launch.backward(
+    gradients = _launch_backward(
         grad_out, qkv, bias, cosine_scale, padding, out, lse, window, shift, scale, bias_gradient, padding_gradient
     )
+    grad_qkv, *others = (qkv.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return grad_qkv, others[0], others[1], others[2]
 
 
 @_backward.register_fake
@@ -164,18 +173,23 @@ def _backward_like(
     return grad_qkv, like(bias, bias_gradient), like(cosine_scale, True), like(padding, padding_gradient)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
     qkv, bias, cosine_scale, padding, ctx.window, ctx.shift, ctx.scale = inputs
     out, lse = output
-    whole = lse.ndim == 1  # the backward kernels for whole windows recompute everything
+    whole = lse is None or lse.ndim == 1  # the backward kernels for whole windows recompute everything
     ctx.save_for_backward(qkv, bias, cosine_scale, padding, None if whole else out, None if whole else lse)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+def _gradients(ctx: Any, grad_out: Tensor | None, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 7
     _, bias_gradient, cosine_gradient, padding_gradient, *_ = ctx.needs_input_grad
-    qkv, bias, cosine, padding = _backward(
-        grad_out, *ctx.saved_tensors, ctx.window, ctx.shift, ctx.scale, bias_gradient, padding_gradient
+    saved = ctx.saved_tensors
+    # Where gradients are to be differentiated again, the registered operator is there to say that it cannot.
+    direct = not torch.is_grad_enabled() and gpu.unwatched(grad_out, *(x for x in saved if x is not None))
+    qkv, bias, cosine, padding = (_launch_backward if direct else _backward)(
+        grad_out, *saved, ctx.window, ctx.shift, ctx.scale, bias_gradient, padding_gradient
     )
     return (
         qkv,
@@ -189,6 +203,19 @@ def _gradients(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _launch_forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, grad_out)
 
 
 def register_flops() -> None:

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vizoo import ops
-from vizoo.ops import window_attention
+from vizoo.ops import gpu, window_attention
 from vizoo.ops.window_attention import function, tiles
 from vizoo.ops.window_attention.function import FLOPS
 
@@ -410,5 +410,5 @@ def test_device_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"implementation 'triton' cannot run: .* need an NVIDIA GPU"):
         window_attention(QKV, window=2, implementation="triton")
-    monkeypatch.setattr(function, "TRITON_INSTALLED", False)
+    monkeypatch.setattr(gpu, "TRITON_INSTALLED", False)
     assert ops.explain(window_attention, QKV, window=2)["triton"] == ["triton is not installed"]
