@@ -44,7 +44,7 @@ def products(d: int, itemsize: int) -> Tile:
 def positions(d: int, itemsize: int) -> Tile:
     """Tile of the kernels that take each position by itself."""
     block = power_of_two(d)
-    return Tile(128 if itemsize == 2 else 64, block, warps=8 if itemsize * block > 128 else 4)
+    return Tile((256 if block <= 32 else 128) // itemsize, block, warps=4)
 
 
 def chunk(positions: int, pairs: int, rows: int, processors: int) -> int:
