@@ -56,6 +56,7 @@ TIMM = {
     "swinv2_small_patch4_window16_256": "swinv2_small_window16_256",
     "swinv2_base_patch4_window16_256": "swinv2_base_window16_256",
 }
+TIMM |= {name: name for name in ("davit_tiny", "davit_small", "davit_base")}
 TORCHVISION = {
     "swin_tiny_patch4_window7_224": "swin_t",
     "swin_small_patch4_window7_224": "swin_s",
@@ -87,21 +88,26 @@ class Case:
     threads: int
 
 
-def contestants(name: str, img_size: tuple[int, int], libraries: list[str], executions: list[str]) -> list[Contestant]:
+def contestants(
+    name: str, img_size: tuple[int, int], libraries: list[str], executions: list[str], pyramid: bool
+) -> list[Contestant]:
     """All that run a design; a library that lacks it is left out."""
-    builders: dict[str, Callable[[], nn.Module]] = {"vizoo": lambda: vizoo.create_model(name, img_size=img_size)}
+    builders: dict[str, Callable[[], nn.Module]] = {
+        "vizoo": lambda: vizoo.create_model(name, img_size=img_size, features_only=pyramid)
+    }
     if name in TIMM:
-        builders["timm"] = lambda: from_timm(TIMM[name], img_size)
-    if name in TORCHVISION:
+        builders["timm"] = lambda: from_timm(TIMM[name], img_size, pyramid)
+    if name in TORCHVISION and not pyramid:
         builders["torchvision"] = lambda: from_torchvision(TORCHVISION[name])
     chosen = [library for library in builders if library == "vizoo" or library in libraries]
     return [Contestant(library, execution, builders[library]) for library in chosen for execution in executions]
 
 
-def from_timm(name: str, img_size: tuple[int, int]) -> nn.Module:
+def from_timm(name: str, img_size: tuple[int, int], pyramid: bool) -> nn.Module:
     import timm
 
-    return timm.create_model(name, img_size=img_size)
+    size = {"img_size": img_size} if name.startswith("swin") else {}  # timm's other families take any
+    return timm.create_model(name, features_only=pyramid, **size)
 
 
 def from_torchvision(name: str) -> nn.Module:
@@ -233,6 +239,12 @@ def save(kind: str, facts: dict[str, Any], results: dict[str, Any], folder: Path
     return path
 
 
+def sides(text: str) -> tuple[int, int]:
+    """Height and width of `224` or `800x1344`."""
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(DEFAULT_MODELS), help="names of the zoo")
@@ -240,7 +252,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
     parser.add_argument("--executions", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--batch-size", nargs="+", type=int, help="default: 128 on a GPU, 1 and 8 on a CPU")
-    parser.add_argument("--img-size", type=int, help="side of the images; default: each model's own")
+    parser.add_argument("--img-size", type=sides, help="side of the images, or 800x1344; default: each model's own")
+    parser.add_argument("--features", action="store_true", help="measure the pyramid of maps that a detector takes")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument(
         "--dtype", choices=list(DTYPES), help="default: bfloat16 by autocast on a GPU, float32 on a CPU"
@@ -260,8 +273,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     warnings.simplefilter("ignore")  # the peers' own
     for name, count in itertools.product(options.models, options.threads or [torch.get_num_threads()]):
-        side = vizoo.describe(name).img_size if options.img_size is None else (options.img_size, options.img_size)
-        entries = contestants(name, side, options.peers, options.executions)
+        side = options.img_size or vizoo.describe(name).img_size
+        entries = contestants(name, side, options.peers, options.executions, options.features)
         for mode, batch in itertools.product(options.modes, batches):
             with threads(count):
                 case = Case(name, mode, batch, side, count)
@@ -276,7 +289,8 @@ def main() -> None:
         key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if key != "output"
     }
     table = ratios(rows)
-    path = save("models", environment(device), {"settings": settings, "ratios": table, "rows": rows}, options.output)
+    kind = "features" if options.features else "models"
+    path = save(kind, environment(device), {"settings": settings, "ratios": table, "rows": rows}, options.output)
     print(f"\n{report(table)}\n\n{path}")
 
 

@@ -1,6 +1,6 @@
 """Measures operators beside what torch offers for the same job, on one GPU, in one run.
 
-    python benchmarks/ops.py [--only window_attention] [--output benchmarks/results]
+    python benchmarks/ops.py [--only window_attention] [--first 4] [--eager] [--output benchmarks/results]
 
 Times are medians of events on the device, with the L2 cache flushed before each run: `_ms` of calls from Python as a
 user makes them, `_device_ms` of the same calls captured in a CUDA graph, without the launches. The least bytes of an
@@ -210,15 +210,15 @@ def check(found: Tensor, expected: Tensor) -> None:
         raise RuntimeError(f"the operator and torch differ by {error:.2e}")
 
 
-def measure_window_attention(bandwidth: float) -> list[dict[str, Any]]:
+def measure_window_attention(bandwidth: float, first: int | None, eager: bool) -> list[dict[str, Any]]:
     """Rows of the result, one for each shape and implementation."""
     rows = []
-    for shape in SHAPES:
+    for shape in SHAPES[:first]:
         tensors = inputs(shape)
         ways = implementations(shape)
         check(ways["vizoo"](tensors).float(), ways["sdpa eager"](tensors).float())
         least = 4 * tensors["qkv"].nbytes / 3
-        for name, function in ways.items():
+        for name, function in chosen(ways, eager).items():
             figures = measure(function, tensors)
             shares = {
                 "forward_share": least / bandwidth / figures["forward_device_ms"] * 1e3,
@@ -231,7 +231,7 @@ def measure_window_attention(bandwidth: float) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_layer_norm(bandwidth: float) -> list[dict[str, Any]]:
+def measure_layer_norm(bandwidth: float, first: int | None, eager: bool) -> list[dict[str, Any]]:
     """The norm before a linear layer under autocast: float32 comes in, bfloat16 is wanted."""
 
     def ours(tensors: dict[str, Tensor]) -> Tensor:
@@ -241,13 +241,13 @@ def measure_layer_norm(bandwidth: float) -> list[dict[str, Any]]:
         return F.layer_norm(tensors["x"], tensors["x"].shape[-1:], tensors["weight"], tensors["bias"]).bfloat16()
 
     rows = []
-    for name, shape in ROWS.items():
+    for name, shape in list(ROWS.items())[:first]:
         sizes = {"x": shape, "weight": shape[-1:], "bias": shape[-1:]}
         tensors = {key: torch.randn(size, device="cuda").requires_grad_() for key, size in sizes.items()}
         check(ours(tensors).float(), plain(tensors).float())
         least = tensors["x"].nbytes * 3 // 2
         ways = {"vizoo": ours, "torch eager": plain, "torch compiled": torch.compile(plain, dynamic=False)}
-        for way, function in ways.items():
+        for way, function in chosen(ways, eager).items():
             figures = measure(function, tensors)
             shares = {
                 "forward_share": least / bandwidth / figures["forward_device_ms"] * 1e3,
@@ -258,6 +258,14 @@ def measure_layer_norm(bandwidth: float) -> list[dict[str, Any]]:
             print(line(rows[-1]), flush=True)
         torch.compiler.reset()
     return rows
+
+
+Ways = dict[str, Callable[[dict[str, Tensor]], Tensor]]
+
+
+def chosen(ways: Ways, eager: bool) -> Ways:
+    """All ways, or only those that nothing compiles."""
+    return {name: way for name, way in ways.items() if not (eager and name.endswith("compiled"))}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -291,6 +299,8 @@ OPERATORS = {"layer_norm": measure_layer_norm, "window_attention": measure_windo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=sorted(OPERATORS), help="measure one operator")
+    parser.add_argument("--first", type=int, help="measure only so many shapes of each operator")
+    parser.add_argument("--eager", action="store_true", help="leave out the compiled peers")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the result")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -299,7 +309,7 @@ def main() -> None:
     result = {**environment(), "copy_bytes_per_second": bandwidth, "rows": []}
     print({key: value for key, value in result.items() if key != "rows"}, flush=True)
     for name in [options.only] if options.only else sorted(OPERATORS):
-        result["rows"] += OPERATORS[name](bandwidth)
+        result["rows"] += OPERATORS[name](bandwidth, options.first, options.eager)
     options.output.mkdir(parents=True, exist_ok=True)
     slug = torch.cuda.get_device_name().lower().replace(" ", "-")
     path = options.output / f"ops-{slug}.json"
