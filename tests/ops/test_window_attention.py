@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -247,6 +248,59 @@ def test_gradients_nobody_asked_for_are_not_computed(device: torch.device) -> No
     case.call("triton")(tensors).sum().backward()
     torch.testing.assert_close(tensors["qkv"].grad, all_of_them["qkv"].grad, rtol=0, atol=0)
     assert tensors["bias"].grad is None
+
+
+def registered(tensors: dict[str, Tensor], case: Case) -> Tensor:
+    optional = [tensors.get(name) for name in ("bias", "cosine_scale", "padding")]
+    return torch.ops.vizoo.window_attention(tensors["qkv"], *optional, case.window, case.shift, case.d**-0.5)[0]
+
+
+@pytest.mark.parametrize("case", [TINY[0], TINY[3], TILED[1]], ids=str)
+@pytest.mark.usefixtures("tiled")
+def test_direct_launch_equals_the_registered_operator(case: Case, device: torch.device, checks: Any) -> None:
+    tensors = case.tensors(torch.float32, device)
+    incoming = torch.randn(case.batch, *case.map, case.heads, case.d, device=device)
+    direct = checks.values_and_gradients(case.call("triton"), tensors, incoming)
+    for name, value in checks.values_and_gradients(lambda x: registered(x, case), tensors, incoming).items():
+        torch.testing.assert_close(direct[name], value, rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(case.call("triton")(tensors), direct["output"], rtol=0, atol=0)
+
+
+def test_tracers_see_the_registered_operator(device: torch.device) -> None:
+    case = Case((4, 4), (4, 4))
+    traced = make_fx(lambda qkv: window_attention(qkv, window=4, implementation="triton"))
+    assert "torch.ops.vizoo.window_attention" in traced(case.tensors(torch.float32, device)["qkv"]).code
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_second_derivative_is_refused(direct: bool, device: torch.device) -> None:
+    case = Case((2, 2), (2, 2), bias=False)
+    tensors = {name: tensor.requires_grad_() for name, tensor in case.tensors(torch.float32, device).items()}
+    out = case.call("triton")(tensors) if direct else registered(tensors, case)
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"once_differentiable|autograd formula"):
+        torch.autograd.grad(out.square().sum(), tensors["qkv"], create_graph=True)[0].sum().backward()
+
+
+class Severed(torch.autograd.Function):
+    """Hands on its input, and no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_no_gradient_gives_none(direct: bool, device: torch.device) -> None:
+    case = Case((2, 2), (2, 2), bias=False)
+    tensors = {name: tensor.requires_grad_() for name, tensor in case.tensors(torch.float32, device).items()}
+    out = case.call("triton")(tensors) if direct else registered(tensors, case)
+    Severed.apply(out).sum().backward()
+    assert tensors["qkv"].grad is None
 
 
 def test_kernels_mix_dtypes(device: torch.device) -> None:
