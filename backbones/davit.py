@@ -25,7 +25,7 @@ from vizoo.ops import channel_attention, window_attention
 from vizoo.weights.record import Weights
 
 from .base import Backbone, CheckpointLayout, Family, Stage, Variant, drop_path_rates, init_linear, make_classifier
-from .layers import DropPath, Mlp, pad_to_multiple
+from .layers import DropPath, LayerNorm, Mlp, pad_to_multiple
 
 STRIDE = 4
 """Stride of the stem; every further stage halves the map."""
@@ -143,9 +143,9 @@ class DavitBlock(nn.Module):
     def __init__(self, channels: int, attention: nn.Module, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
         self.cpe = nn.ModuleList([PositionEncoding(channels), PositionEncoding(channels)])
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels)
         self.attn = attention
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = LayerNorm(channels)
         self.mlp = Mlp(channels, int(channels * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
@@ -163,7 +163,7 @@ class Stem(nn.Module):
     def __init__(self, in_chans: int, channels: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_chans, channels, 7, STRIDE, padding=3)
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels, keep_float32=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) to (B, ceil(H/4), ceil(W/4), C)."""
@@ -176,7 +176,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(channels)
+        self.norm = LayerNorm(channels)
         self.proj = nn.Conv2d(channels, out_channels, 2, 2)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -89,10 +89,14 @@ class Mlp(nn.Module):
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zero-pad an image (B, C, H, W) at the bottom and right until `multiple` divides both sides."""
     height, width = x.shape[2:]
-    bottom, right = round_up(height, multiple) - height, round_up(width, multiple) - width
-    if not torch.compiler.is_compiling() and bottom == right == 0:
-        return x  # a pad by nothing is a copy; compiled, it is left out
-    return F.pad(x, (0, right, 0, bottom))
+    return zero_pad(x, 0, round_up(width, multiple) - width, 0, round_up(height, multiple) - height)
+
+
+def zero_pad(x: Tensor, *pads: int) -> Tensor:
+    """`F.pad`, without the copy that it makes where there is nothing to pad; compilers leave that out themselves."""
+    if not torch.compiler.is_compiling() and not any(pads):
+        return x
+    return F.pad(x, pads)
 
 
 def round_up(size: int, multiple: int) -> int:

@@ -35,6 +35,7 @@ from .swin import (
     SwinConfig,
     classifier_weights,
     gather_cells,
+    look_up_bias,
     relative_position_index,
     shift_of,
 )
@@ -97,7 +98,7 @@ class CosineWindowAttention(nn.Module):
         """Relative position bias (heads, window^2, window^2), between 0 and 16."""
         device = self.logit_scale.device
         table = 16 * torch.sigmoid(self.cpb_mlp(log_coordinates(window, self.pretrained, device)))
-        return table[relative_position_index(window, device)].permute(2, 0, 1)
+        return look_up_bias(table, relative_position_index(window, device))
 
     def forward(self, x: Tensor, shifted: bool) -> Tensor:
         """(B, H, W, C) to the same shape; `shifted` moves the windows by half a window where the map allows it."""
