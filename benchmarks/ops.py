@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-from vizoo.ops import layer_norm, window_attention
+from vizoo.ops import channel_attention, layer_norm, window_attention
 
 Pair = tuple[int, int]
 
@@ -69,6 +69,15 @@ ROWS = {
     "swin_tiny stage 3, one image": (1, 14, 14, 384),
 }
 """Inputs of layer normalisation: where they stand in a model, and their sizes."""
+
+CHANNELS = {
+    "davit_tiny stage 1": (128, 56 * 56, 3, 3, 32),
+    "davit_tiny stage 2": (128, 28 * 28, 3, 6, 32),
+    "davit_tiny stage 3": (128, 14 * 14, 3, 12, 32),
+    "davit_tiny stage 4": (128, 7 * 7, 3, 24, 32),
+    "davit_tiny stage 1, 800x1333": (2, 200 * 334, 3, 3, 32),
+}
+"""Inputs of channel attention: where they stand in a model, and their sizes."""
 
 
 def eager_sdpa(
@@ -260,6 +269,37 @@ def measure_layer_norm(bandwidth: float, first: int | None, eager: bool) -> list
     return rows
 
 
+def measure_channel_attention(bandwidth: float, first: int | None, eager: bool) -> list[dict[str, Any]]:
+    """Channel attention in bfloat16, beside its definition in plain torch."""
+
+    def ours(tensors: dict[str, Tensor]) -> Tensor:
+        return channel_attention(tensors["qkv"], implementation="triton")
+
+    def plain(tensors: dict[str, Tensor]) -> Tensor:
+        return channel_attention(tensors["qkv"], implementation="reference")
+
+    rows = []
+    for name, shape in list(CHANNELS.items())[:first]:
+        # Logits are sums over positions: about as wide for every size.
+        qkv = torch.randn(shape, device="cuda") * shape[1] ** -0.25
+        tensors = {"qkv": qkv.bfloat16().requires_grad_()}
+        check(ours(tensors).float(), plain(tensors).float())
+        part = tensors["qkv"].nbytes / 3
+        ways = {"vizoo": ours, "torch eager": plain, "torch compiled": torch.compile(plain, dynamic=False)}
+        for way, function in chosen(ways, eager).items():
+            figures = measure(function, tensors)
+            shares = {
+                "forward_share": 4 * part / bandwidth / figures["forward_device_ms"] * 1e3,
+                # Backward reads qkv and the incoming gradient, and writes that of qkv.
+                "both_share": (4 + 7) * part / bandwidth / figures["both_device_ms"] * 1e3,
+            }
+            row = {"op": "channel_attention", "name": name, "shape": shape, "implementation": way}
+            rows.append({**row, **figures, **shares})
+            print(line(rows[-1]), flush=True)
+        torch.compiler.reset()
+    return rows
+
+
 Ways = dict[str, Callable[[dict[str, Tensor]], Tensor]]
 
 
@@ -293,7 +333,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-OPERATORS = {"layer_norm": measure_layer_norm, "window_attention": measure_window_attention}
+OPERATORS = {
+    "channel_attention": measure_channel_attention,
+    "layer_norm": measure_layer_norm,
+    "window_attention": measure_window_attention,
+}
 
 
 def main() -> None:
