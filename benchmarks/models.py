@@ -230,6 +230,12 @@ def report(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def line(row: dict[str, Any]) -> str:
+    figure = row["error"] or f"{row['images_per_second']:,.1f} images/s"
+    entry = f"{row['library']} {row['execution']}"
+    return f"{row['model']}, {row['mode']}, batch {row['batch_size']}, {row['threads']} threads, {entry}: {figure}"
+
+
 def save(kind: str, facts: dict[str, Any], results: dict[str, Any], folder: Path) -> Path:
     """Write a result file, named by device, date and kind."""
     device = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
@@ -270,6 +276,8 @@ def main() -> None:
     device = choose_device(options.device)
     options.dtype = choose_dtype(options.dtype, device)
     batches = options.batch_size or ([128] if device.type == "cuda" else [1, 8])
+    settings = {key: str(value) for key, value in vars(options).items() if key != "output"}
+    facts, kind = environment(device), "features" if options.features else "models"
     rows: list[dict[str, Any]] = []
     warnings.simplefilter("ignore")  # the peers' own
     for name, count in itertools.product(options.models, options.threads or [torch.get_num_threads()]):
@@ -277,21 +285,13 @@ def main() -> None:
         entries = contestants(name, side, options.peers, options.executions, options.features)
         for mode, batch in itertools.product(options.modes, batches):
             with threads(count):
-                case = Case(name, mode, batch, side, count)
-                for found in measure(case, entries, device, options):
+                for found in measure(Case(name, mode, batch, side, count), entries, device, options):
                     rows.append(found)
-                    figure = found["error"] or f"{found['images_per_second']:,.1f} images/s"
-                    print(
-                        f"{name}, {mode}, batch {batch}, {count} threads, "
-                        f"{found['library']} {found['execution']}: {figure}"
-                    )
-    settings = {
-        key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if key != "output"
-    }
-    table = ratios(rows)
-    kind = "features" if options.features else "models"
-    path = save(kind, environment(device), {"settings": settings, "ratios": table, "rows": rows}, options.output)
-    print(f"\n{report(table)}\n\n{path}")
+                    print(line(found), flush=True)
+            # After each case, so that an interrupted run keeps what it measured.
+            results = {"settings": settings, "ratios": ratios(rows), "rows": rows}
+            path = save(kind, facts, results, options.output)
+    print(f"\n{report(ratios(rows))}\n\n{path}")
 
 
 if __name__ == "__main__":
