@@ -102,7 +102,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     x_gradient, weight_gradient, bias_gradient, *_ = ctx.needs_input_grad
     x, weight, bias = ctx.saved_tensors
-    run = _launch_backward if gpu.unwatched(grad_out, x, weight, bias) else _backward
+    # Where gradients are to be differentiated again, the registered operator is there to say that it cannot.
+    direct = not torch.is_grad_enabled() and gpu.unwatched(grad_out, x, weight, bias)
+    run = _launch_backward if direct else _backward
     x, weight, bias = run(grad_out, x, weight, bias, ctx.eps, x_gradient, weight_gradient or bias_gradient)
     return (
         x if x_gradient else None,

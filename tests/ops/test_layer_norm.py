@@ -177,6 +177,9 @@ def test_second_derivative_is_refused(device: torch.device) -> None:
     (gradient,) = torch.autograd.grad(out.square().sum(), leaves["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+    (gradient,) = torch.autograd.grad(registered(leaves, torch.float32).square().sum(), leaves["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd formula"):
+        gradient.sum().backward()
 
 
 def registered(leaves: Tensors, dtype: torch.dtype) -> Tensor:
