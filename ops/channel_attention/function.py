@@ -97,7 +97,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _gradient(ctx: Any, grad_out: Tensor) -> Tensor:
     qkv, weights = ctx.saved_tensors
-    run = _launch_backward if gpu.unwatched(grad_out, qkv, weights) else _backward
+    # With gradients on, somebody wants a second derivative: the registered operator refuses it.
+    direct = not torch.is_grad_enabled() and gpu.unwatched(grad_out, qkv, weights)
+    run = _launch_backward if direct else _backward
     return run(grad_out, qkv, weights, ctx.scale)
 
 

@@ -46,7 +46,8 @@ def build(fixture: dict, state: dict[str, Tensor]) -> tuple[vizoo.Backbone, vizo
     return model, vizoo.load_checkpoint(model, state)
 
 
-def test_official_outputs(parity: ModuleType, fixture_path: Path) -> None:
+def test_official_outputs(parity: ModuleType, fixture_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # on by default, with 10 bits of mantissa
     fixture = json.loads(fixture_path.read_text())
     model, _ = build(fixture, parity.fill_state_dict(fixture))
     model = model.to(device())

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vizoo import ops
+from vizoo.backbones.layers import larger, smaller
 from vizoo.ops import gpu, window_attention
 from vizoo.ops.window_attention import function, tiles
 from vizoo.ops.window_attention.function import FLOPS
@@ -348,9 +349,9 @@ class Block(nn.Module):
         self.shrink = shrink
 
     def forward(self, x: Tensor) -> Tensor:
-        side = torch.sym_min(x.shape[1], x.shape[2])
-        window = torch.sym_min(4, side) if self.shrink else 4
-        shift = 2 * torch.sym_min(1, torch.sym_max(0, side - 4))
+        side = smaller(x.shape[1], x.shape[2])
+        window = smaller(4, side) if self.shrink else 4
+        shift = 2 * smaller(1, larger(0, side - 4))
         place = torch.arange(window * window, dtype=x.dtype, device=x.device)
         bias = torch.sin(place[:, None] - 0.3 * place).expand(2, -1, -1)
         padding = self.project.bias.view(3, 2, 4)
