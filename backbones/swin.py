@@ -123,8 +123,9 @@ def relative_position_index(window: int, device: torch.device | None = None) -> 
 
 def look_up_bias(table: Tensor, index: Tensor) -> Tensor:
     """Bias (heads, N, N) of all (query, key) pairs, from a table ((2 window - 1)^2, heads) and the rows of it."""
-    # Selecting rows has a far cheaper gradient than indexing, which sorts.
-    return table.index_select(0, index.flatten()).view(*index.shape, -1).permute(2, 0, 1)
+    # Gathering is several times faster than indexing, and so is its gradient, which need not sort.
+    rows = index.flatten().expand(table.shape[1], -1)
+    return table.t().gather(1, rows).view(-1, *index.shape)
 
 
 def shift_of(window: int, height: int, width: int) -> int:

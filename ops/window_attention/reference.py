@@ -8,6 +8,8 @@ Everything is index arithmetic on positions, so that it also traces with a symbo
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,22 +40,66 @@ def window_attention_reference(
     shift: tuple[int, int],
     scale: float,
 ) -> Tensor:
-    """Computes what `vizoo.ops.window_attention` defines: gathers the windows, then `scaled_dot_product_attention`."""
+    """Computes what `vizoo.ops.window_attention` defines: gathers the windows, attends in them, puts them back."""
     B, H, W, _, h, d = qkv.shape
     n, N = _window_count(H, W, window), window[0] * window[1]
-    row, col = _rolled_positions(n, H, W, window, qkv.device)
-    tokens = _gather(qkv, row, col, padding, window, shift)
+    tables = _cached_tables if _is_concrete(H, W, *window, *shift) else _tables
+    source, target, inside, label = tables(n, H, W, window, shift, qkv.device)
+    tokens = _gather(qkv, source, inside, padding)
     q, k, v = tokens.view(B * n, N, 3, h, d).permute(2, 0, 3, 1, 4)  # each (B * n, h, N, d)
     if cosine_scale is not None:
         q, k, scale = _unit(q) * cosine_scale.to(q.dtype)[:, None, None], _unit(k), 1.0
     logits = None if bias is None else bias.to(q.dtype)[None]
     if not (known(shift[0] == 0) and known(shift[1] == 0)):
-        label = 3 * _region(row, H, window[0], shift[0]) + _region(col, W, window[1], shift[1])
         mask = _mask(label).to(q.dtype)[:, None]
         logits = mask.expand(n, h, N, N) if logits is None else logits + mask
-        logits = logits.repeat(B, 1, 1, 1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=logits, scale=scale)
-    return _scatter(out.transpose(1, 2).reshape(B, n * N, h, d), H, W, window, shift)
+    out = _attend(q * scale, k, v, logits).transpose(1, 2).reshape(B, n * N, h, d)
+    return out.index_select(1, target).view(B, H, W, h, d)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor | None) -> Tensor:
+    """softmax(q k^T + added) v of windows (B * n, h, N, d); `added` is (1, h, N, N), or (n, h, N, N) by window."""
+    if q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64):
+        # torch's fused attention gains nothing from a second thread on windows; its parts do.
+        logits = q @ k.transpose(-2, -1)
+        if added is not None:
+            logits = (logits.unflatten(0, (-1, added.shape[0])) + added).flatten(0, 1)
+        return logits.softmax(-1) @ v
+    if added is not None and not known(added.shape[0] == 1):
+        added = added.repeat(q.shape[0] // added.shape[0], 1, 1, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=1.0)
+
+
+def _is_concrete(*sizes: int) -> bool:
+    """Whether sizes are plain numbers outside of any trace."""
+    return not torch.compiler.is_compiling() and all(type(size) is int for size in sizes)
+
+
+def _tables(
+    n: int, H: int, W: int, window: tuple[int, int], shift: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Where each position of a window comes from and goes to.
+
+    Returns:
+        Index on the map (n * N,) of each position, index in the windows (H * W,) of each pixel, which positions lie on
+        the map (n * N,), None if all do, and the label of the region that a position came from (n, N).
+    """
+    row, col = _rolled_positions(n, H, W, window, device)
+    Hp, Wp = _windows(H, window[0]) * window[0], _windows(W, window[1]) * window[1]
+    y, x = _unrolled(row.flatten(), shift[0], Hp), _unrolled(col.flatten(), shift[1], Wp)
+    label = 3 * _region(row, H, window[0], shift[0]) + _region(col, W, window[1], shift[1])
+    target = _target(H, W, window, shift, device)
+    if known(Hp == H) and known(Wp == W):
+        return y * W + x, target, None, label
+    return y.clamp(max=H - 1) * W + x.clamp(max=W - 1), target, (y < H) & (x < W), label
+
+
+@lru_cache(maxsize=64)  # a model has two for each stage; made anew they take a twentieth of a small image's time
+def _cached_tables(
+    n: int, H: int, W: int, window: tuple[int, int], shift: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    with torch.inference_mode(False):  # tensors made in inference mode could not serve a later training step
+        return _tables(n, H, W, window, shift, device)
 
 
 def _windows(size: int, window: int) -> int:
@@ -75,19 +121,14 @@ def _rolled_positions(n: int, H: int, W: int, window: tuple[int, int], device: t
     return number // across * rows + place // cols, number % across * cols + place % cols
 
 
-def _gather(
-    qkv: Tensor, row: Tensor, col: Tensor, padding: Tensor | None, window: tuple[int, int], shift: tuple[int, int]
-) -> Tensor:
+def _gather(qkv: Tensor, source: Tensor, inside: Tensor | None, padding: Tensor | None) -> Tensor:
     """Windows of the padded, rolled map: (B, n * N, 3, h, d)."""
     B, H, W, _, h, d = qkv.shape
-    Hp, Wp = _windows(H, window[0]) * window[0], _windows(W, window[1]) * window[1]
-    y, x = _unrolled(row.flatten(), shift[0], Hp), _unrolled(col.flatten(), shift[1], Wp)
-    tokens = qkv.reshape(B, H * W, 3, h, d)
-    if known(Hp == H) and known(Wp == W):
-        return tokens.index_select(1, y * W + x)
-    tokens = tokens.index_select(1, y.clamp(max=H - 1) * W + x.clamp(max=W - 1))
-    inside = ((y < H) & (x < W))[:, None, None, None]
-    return torch.where(inside, tokens, tokens.new_zeros(()) if padding is None else padding.to(tokens.dtype))
+    tokens = qkv.reshape(B, H * W, 3, h, d).index_select(1, source)
+    if inside is None:
+        return tokens
+    beyond = tokens.new_zeros(()) if padding is None else padding.to(tokens.dtype)
+    return torch.where(inside[:, None, None, None], tokens, beyond)
 
 
 def _unrolled(position: Tensor, shift: int, size: int) -> Tensor:
@@ -95,15 +136,13 @@ def _unrolled(position: Tensor, shift: int, size: int) -> Tensor:
     return position - (position >= size) * size  # cheaper than the remainder
 
 
-def _scatter(windows: Tensor, H: int, W: int, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
-    """Puts the positions of all windows (B, n * N, h, d) back in their place on the map: (B, H, W, h, d)."""
+def _target(H: int, W: int, window: tuple[int, int], shift: tuple[int, int], device: torch.device) -> Tensor:
+    """Index in the windows, one after the other, of each pixel of the map: (H * W,)."""
     rows, cols = window
-    B, _, h, d = windows.shape
-    y = ((torch.arange(H, device=windows.device) - shift[0]) % (_windows(H, rows) * rows))[:, None]
-    x = ((torch.arange(W, device=windows.device) - shift[1]) % (_windows(W, cols) * cols))[None, :]
+    y = ((torch.arange(H, device=device) - shift[0]) % (_windows(H, rows) * rows))[:, None]
+    x = ((torch.arange(W, device=device) - shift[1]) % (_windows(W, cols) * cols))[None, :]
     number = y // rows * _windows(W, cols) + x // cols
-    index = number * (rows * cols) + y % rows * cols + x % cols
-    return windows.index_select(1, index.view(H * W)).view(B, H, W, h, d)
+    return (number * (rows * cols) + y % rows * cols + x % cols).view(H * W)
 
 
 def _region(position: Tensor, size: int, window: int, shift: int) -> Tensor:
