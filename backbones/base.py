@@ -33,7 +33,11 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     """
     known = sorted(choices)
     starting = [choice for choice in known if name and choice.startswith(name)]
-    close = starting[:3] or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = starting[:3] or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if not close:  # a misspelt beginning of a longer name
+        close = [choice for choice in known if difflib.SequenceMatcher(None, name, choice[: len(name)]).ratio() > 0.7][
+            :3
+        ]
     if close:
         return f"did you mean {' or '.join(map(repr, close))}?"
     return f"valid: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
