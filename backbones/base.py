@@ -163,6 +163,38 @@ class Family:
         return self.layouts[0]
 
 
+def image_sides(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of an image given by its side or by both."""
+    return (img_size, img_size) if isinstance(img_size, int) else img_size
+
+
+def check_size_and_rate(img_size: int | tuple[int, int], drop_path_rate: float) -> None:
+    """What every configuration must hold.
+
+    Raises:
+        ValueError: The image is too small, or the drop path rate is no probability below 1.
+    """
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate must lie in [0, 1), got {drop_path_rate}")
+    if min(image_sides(img_size)) < MIN_SIDE:
+        raise ValueError(f"img_size must be at least {MIN_SIDE} on both sides, got {img_size}")
+
+
+def check_heads(channels: Sequence[int], num_heads: Sequence[int]) -> None:
+    """Heads of each stage divide its channels.
+
+    Raises:
+        ValueError: They do not; names the nearest number that does.
+    """
+    for width, heads in zip(channels, num_heads, strict=True):
+        if heads < 1 or width % heads:
+            fitting = [n for n in range(1, width + 1) if width % n == 0]
+            raise ValueError(
+                f"num_heads must divide the stage's channels, got {heads} heads for {width} channels; "
+                f"nearest valid: {min(fitting, key=lambda n: abs(n - heads))}"
+            )
+
+
 def override(config: Any, overrides: Mapping[str, Any]) -> Any:
     """A copy of a frozen configuration with some fields replaced.
 
@@ -416,8 +448,7 @@ class Backbone(nn.Module):
     def default_cfg(self) -> dict[str, Any]:
         """Preprocessing and layer names under timm's keys, from the weights record the model was made for."""
         record = self.weights_record
-        side = self.config.img_size
-        height, width = (side, side) if isinstance(side, int) else side
+        height, width = image_sides(self.config.img_size)
         return {
             "url": record.url if record else "",
             "num_classes": self.num_classes,

@@ -24,7 +24,19 @@ from torch import Tensor, nn
 from vizoo.ops import channel_attention, window_attention
 from vizoo.weights.record import Weights
 
-from .base import Backbone, CheckpointLayout, Family, Stage, Variant, drop_path_rates, init_linear, make_classifier
+from .base import (
+    Backbone,
+    CheckpointLayout,
+    Family,
+    Stage,
+    Variant,
+    check_heads,
+    check_size_and_rate,
+    drop_path_rates,
+    image_sides,
+    init_linear,
+    make_classifier,
+)
 from .layers import DropPath, LayerNorm, Mlp, pad_to_multiple
 
 STRIDE = 4
@@ -69,22 +81,13 @@ class DavitConfig:
             )
         if self.window_size < 2:
             raise ValueError(f"window_size must be at least 2, got {self.window_size}")
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate must lie in [0, 1), got {self.drop_path_rate}")
-        if min(self.image_sides) < 32:
-            raise ValueError(f"img_size must be at least 32 on both sides, got {self.img_size}")
-        for channels, heads in zip(self.embed_dims, self.num_heads, strict=True):
-            if channels % heads:
-                fitting = [n for n in range(1, channels + 1) if channels % n == 0]
-                raise ValueError(
-                    f"num_heads must divide the stage's channels, got {heads} heads for {channels} channels; "
-                    f"nearest valid: {min(fitting, key=lambda n: abs(n - heads))}"
-                )
+        check_size_and_rate(self.img_size, self.drop_path_rate)
+        check_heads(self.embed_dims, self.num_heads)
 
     @property
     def image_sides(self) -> tuple[int, int]:
         """Height and width of the image the model is meant for."""
-        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
+        return image_sides(self.img_size)
 
 
 class PositionEncoding(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -10,13 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vizoo.ops import layer_norm
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Context in which autocast leaves dtypes alone; for arithmetic whose range half precision cannot hold."""
-    if device.type == "meta":  # on which sizes are counted; it knows no autocast
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)  # asking whether there is one breaks the graph in older torch
 
 
 class DropPath(nn.Module):

@@ -32,7 +32,10 @@ from .base import (
     Family,
     Stage,
     Variant,
+    check_heads,
+    check_size_and_rate,
     drop_path_rates,
+    image_sides,
     init_linear,
     make_classifier,
 )
@@ -76,21 +79,13 @@ class SwinConfig:
             )
         if self.window_size < 2:
             raise ValueError(f"window_size must be at least 2, got {self.window_size}")
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate must lie in [0, 1), got {self.drop_path_rate}")
-        if min(self.image_sides) < 32:
-            raise ValueError(f"img_size must be at least 32 on both sides, got {self.img_size}")
-        for channels, heads in zip(self.channels, self.num_heads, strict=True):
-            if channels % heads:
-                raise ValueError(
-                    f"num_heads must divide the stage's channels, got {heads} heads for {channels} channels; "
-                    f"nearest valid: {min(_divisors(channels), key=lambda n: abs(n - heads))}"
-                )
+        check_size_and_rate(self.img_size, self.drop_path_rate)
+        check_heads(self.channels, self.num_heads)
 
     @property
     def image_sides(self) -> tuple[int, int]:
         """Height and width of the image the model is meant for."""
-        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
+        return image_sides(self.img_size)
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -102,10 +97,6 @@ class SwinConfig:
         """Window side per stage: `window_size`, or the map's smaller side at `img_size` where that is smaller."""
         strides = [self.patch_size * 2**i for i in range(len(self.depths))]
         return tuple(min(self.window_size, *(-(-side // s) for side in self.image_sides)) for s in strides)
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def relative_position_index(window: int, device: torch.device | None = None) -> Tensor:

@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vizoo.ops import window_attention
+from vizoo.ops.tracing import without_autocast
 from vizoo.weights.record import Weights
 
 from .base import Family, Variant, init_linear
-from .layers import LayerNorm, larger, smaller, without_autocast
+from .layers import LayerNorm, larger, smaller
 from .swin import (
     OFFICIAL_LAYOUT,
     TIMM_LAYOUT,

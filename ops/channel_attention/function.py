@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vizoo.ops import gpu
-from vizoo.ops.window_attention.reference import known
+from vizoo.ops.tracing import known
 
 MAX_CHANNELS = 64
 MAX_NUMBERS = 2**31 - 1

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from vizoo.ops import dispatch
+from vizoo.ops.tracing import known
 
 from .function import unsupported_reasons, window_attention_triton
-from .reference import known, window_attention_reference
+from .reference import window_attention_reference
 
 __all__ = ["window_attention"]
 

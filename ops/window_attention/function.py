@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vizoo.ops import gpu
+from vizoo.ops.tracing import known
 
 from . import tiles
-from .reference import known
 
 MAX_POSITIONS = 1024
 MAX_CHANNELS = 128

@@ -14,20 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vizoo.ops.tracing import known
+
 MASKED = -100.0
 """Added to the logit of two positions that the cyclic shift made neighbours. Finite, as in the official code."""
 
 NORM_FLOOR = 1e-12
 """Smallest divisor when a vector is normalised for cosine attention."""
-
-
-def known(condition: bool | torch.SymBool) -> bool:
-    """Whether a condition holds for every size the trace stands for. Never adds a guard."""
-    if isinstance(condition, bool) and not torch.compiler.is_compiling():  # Dynamo calls a symbolic truth a bool
-        return condition
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # pulls in sympy: only when tracing
-
-    return statically_known_true(condition)
 
 
 def window_attention_reference(

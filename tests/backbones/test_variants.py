@@ -103,6 +103,10 @@ def test_arguments_of_create_model() -> None:
         ({"depths": (2, 2)}, "depths and num_heads need one entry per stage"),
         ({"depths": (0, 1, 1, 1)}, "must be positive"),
         ({"window_size": 1}, "window_size must be at least 2, got 1"),
+        (
+            {"num_heads": (0, 6, 12, 24)},
+            "num_heads must divide the stage.s channels, got 0 heads for 96 channels; nearest",
+        ),
         ({"drop_path_rate": 1.0}, r"drop_path_rate must lie in \[0, 1\), got 1.0"),
         ({"img_size": 16}, "img_size must be at least 32 on both sides, got 16"),
     ],
