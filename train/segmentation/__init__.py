@@ -1,0 +1,1 @@
+"""Semantic segmentation on a pyramid of any backbone."""
