@@ -24,8 +24,8 @@ SHAPES, Shape, copy_bandwidth, inputs = itemgetter("SHAPES", "Shape", "copy_band
     runpy.run_path(str(Path(__file__).with_name("ops.py")))
 )
 
-WHOLE_FORWARD = list(itertools.product((2, 4, 8), (1, 2, 3, 4), (2, 3, 4, 6, 8, 16), (None,)))
-WHOLE_BACKWARD = list(itertools.product((4, 8), (1, 2), (1, 2, 3, 4, 6, 8), (None, 168, 128)))
+WHOLE_FORWARD = list(itertools.product((2, 4, 8), (1, 2, 3, 4), (2, 3, 4, 6, 8, 16)))
+WHOLE_BACKWARD = list(itertools.product((2, 4, 8), (1, 2, 3), (1, 2, 3, 4, 6, 8)))
 Trial = tuple[Tile, float]
 """Launch parameters, and the time in ms."""
 
@@ -45,10 +45,10 @@ def runs(shape: Shape) -> tuple[Callable[[], Tensor], Callable[[], tuple[Tensor,
     )
 
 
-def whole_tiles(shape: Shape, choices: list[tuple[int, int, int, int | None]]) -> Iterator[Tile]:
+def whole_tiles(shape: Shape, choices: list[tuple[int, int, int]]) -> Iterator[Tile]:
     side = tiles.power_of_two(shape.window**2)
-    for warps, stages, per_sm, registers in choices:
-        yield Tile(side, side, warps, stages, per_sm, registers)
+    for warps, stages, per_sm in choices:
+        yield Tile(side, side, warps, stages, per_sm)
 
 
 def sweep(title: str, shape: Shape, part: float, bandwidth: float, trials: Iterator[Trial]) -> None:
@@ -71,7 +71,7 @@ def tune_whole(shape: Shape, bandwidth: float, quick: bool) -> None:
     forward, backward = runs(shape)
     every = 5 if quick else 1  # no axis has a multiple of 5 choices, so all are met
 
-    def trials(run: Callable[[], object], choices: list[tuple[int, int, int, int | None]]) -> Iterator[Trial]:
+    def trials(run: Callable[[], object], choices: list[tuple[int, int, int]]) -> Iterator[Trial]:
         for tile in whole_tiles(shape, choices[::every]):
             tiles.whole = lambda *args, tile=tile, **kwargs: tile
             yield from tried(run, tile)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vizoo.ops import gpu
+from vizoo.ops.registration import kernel_operator
 from vizoo.ops.tracing import known
 
 MAX_CHANNELS = 64
@@ -64,29 +65,17 @@ def _launch_backward(grad_out: Tensor, qkv: Tensor, weights: Tensor, scale: floa
     return launch.backward(grad_out, qkv, weights, scale)
 
 
-_forward = torch.library.custom_op(
-    "vizoo::channel_attention",
-    _launch_forward,
-    mutates_args=(),
-    schema="(Tensor qkv, float scale) -> (Tensor, Tensor)",
-)
-_backward = torch.library.custom_op(
-    "vizoo::channel_attention_backward",
-    _launch_backward,
-    mutates_args=(),
-    schema="(Tensor grad_out, Tensor qkv, Tensor weights, float scale) -> Tensor",
-)
-
-
-@_forward.register_fake
 def _forward_like(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     B, N, _, groups, d = qkv.shape
     return qkv.new_empty(B, N, groups, d), qkv.new_empty((B, groups, d, d), dtype=torch.float32)
 
 
-@_backward.register_fake
 def _backward_like(grad_out: Tensor, qkv: Tensor, weights: Tensor, scale: float) -> Tensor:
     return qkv.new_empty(qkv.shape)
+
+
+_forward = kernel_operator("vizoo::channel_attention", _launch_forward, _forward_like)
+_backward = kernel_operator("vizoo::channel_attention_backward", _launch_backward, _backward_like)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vizoo.ops import gpu
+from vizoo.ops.registration import launchable
 
 from . import kernels, tiles
 from .function import register_flops
@@ -48,12 +49,12 @@ def _summed(qkv: Tensor, grad_out: Tensor | None, weights: Tensor | None, scale:
     result = qkv.new_empty((B, groups, d, d), dtype=torch.float32)
     parts = result if chunks == 1 else qkv.new_empty((pairs, chunks, d, d), dtype=torch.float32)
     gradient = grad_out is not None
-    kernels.products[(pairs * chunks,)](
+    launchable(kernels.products)[(pairs * chunks,)](
         qkv, grad_out, weights, parts, N, chunks, length, scale,
         GRADIENT=gradient, WHOLE=chunks == 1, num_stages=tile.stages, **_constants(qkv, tile),
     )  # fmt: skip
     if chunks > 1:
-        kernels.combine[(pairs * d,)](
+        launchable(kernels.combine)[(pairs * d,)](
             parts, weights, result, chunks, scale,
             D=d, BLOCK_D=tile.channels, PARTS=tiles.PARTS, GRADIENT=gradient, num_warps=1,
         )  # fmt: skip
@@ -64,7 +65,7 @@ def _each_position(kernel: Any, qkv: Tensor, *tensors: Tensor) -> None:
     B, N, _, groups, d = qkv.shape
     tile = tiles.positions(d, qkv.element_size())
     count = -(-N // tile.rows)
-    kernel[(B * groups * count,)](*tensors, N, count, **_constants(qkv, tile))
+    launchable(kernel)[(B * groups * count,)](*tensors, N, count, **_constants(qkv, tile))
 
 
 def _constants(qkv: Tensor, tile: tiles.Tile) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vizoo.ops import gpu
+from vizoo.ops.registration import kernel_operator
 
 MAX_CHANNELS = 8192
 MAX_ROWS = 2**30
@@ -63,27 +64,10 @@ def _launch_backward(
     return launch.backward(grad_out, x, weight, bias, eps, x_gradient, parameter_gradient)
 
 
-_forward = torch.library.custom_op(
-    "vizoo::layer_norm",
-    _launch_forward,
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> Tensor",
-)
-_backward = torch.library.custom_op(
-    "vizoo::layer_norm_backward",
-    _launch_backward,
-    mutates_args=(),
-    schema="(Tensor grad_out, Tensor x, Tensor weight, Tensor bias, float eps, bool x_gradient,"
-    " bool parameter_gradient) -> (Tensor, Tensor, Tensor)",
-)
-
-
-@_forward.register_fake
 def _forward_like(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@_backward.register_fake
 def _backward_like(
     grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, x_gradient: bool, parameter_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,6 +76,10 @@ def _backward_like(
         weight.new_empty(weight.shape if parameter_gradient else (0,)),
         bias.new_empty(bias.shape if parameter_gradient else (0,)),
     )
+
+
+_forward = kernel_operator("vizoo::layer_norm", _launch_forward, _forward_like)
+_backward = kernel_operator("vizoo::layer_norm_backward", _launch_backward, _backward_like)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vizoo.ops import gpu
+from vizoo.ops.registration import launchable
 
 from . import kernels, tiles
 
@@ -18,7 +19,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dt
     if numbers:
         rows, tile = numbers // channels, tiles.forward(channels)
         with gpu.on(x.device):
-            kernels.forward[(-(-rows // tile.rows),)](
+            launchable(kernels.forward)[(-(-rows // tile.rows),)](
                 x, weight.contiguous(), bias.contiguous(), out, rows, eps,
                 C=channels, BLOCK_C=tile.channels, ROWS=tile.rows, num_warps=tile.warps,
             )  # fmt: skip
@@ -48,7 +49,7 @@ def backward(
     programs = min(-(-rows // tile.rows), tile.per_sm * gpu.multiprocessors(x.device))
     parts = x.new_empty((2, programs, channels) if parameter_gradient else 0, dtype=torch.float32)
     with gpu.on(x.device):
-        kernels.backward[(programs,)](
+        launchable(kernels.backward)[(programs,)](
             grad_out.contiguous(), x, weight.contiguous(), grad_x, parts, rows, eps,
             C=channels, BLOCK_C=tile.channels, ROWS=tile.rows, X_GRADIENT=x_gradient,
             PARAMETER_GRADIENT=parameter_gradient, num_warps=tile.warps,

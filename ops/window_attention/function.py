@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vizoo.ops import gpu
+from vizoo.ops.registration import kernel_operator
 from vizoo.ops.tracing import known
 
 from . import tiles
@@ -85,13 +86,7 @@ def _launch_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
     return launch.backward(*arguments)
 
 
-@torch.library.custom_op(
-    "vizoo::window_attention",
-    mutates_args=(),
-    schema="(Tensor qkv, Tensor? bias, Tensor? cosine_scale, Tensor? padding, SymInt[] window, SymInt[] shift,"
-    " float scale) -> (Tensor, Tensor)",
-)
-def _forward(
+def _run_forward(
     qkv: Tensor,
     bias: Tensor | None,
     cosine_scale: Tensor | None,
@@ -105,7 +100,6 @@ def _forward(
     return out, qkv.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
-@_forward.register_fake
 def _forward_like(
     qkv: Tensor,
     bias: Tensor | None,
@@ -120,14 +114,7 @@ def _forward_like(
     return qkv.new_empty(B, H, W, heads, d), qkv.new_empty((0,) if whole else (B, heads, H, W), dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "vizoo::window_attention_backward",
-    mutates_args=(),
-    schema="(Tensor grad_out, Tensor qkv, Tensor? bias, Tensor? cosine_scale, Tensor? padding, Tensor? out,"
-    " Tensor? lse, SymInt[] window, SymInt[] shift, float scale, bool bias_gradient, bool padding_gradient)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward(
+def _run_backward(
     grad_out: Tensor,
     qkv: Tensor,
     bias: Tensor | None,
@@ -149,7 +136,6 @@ def _backward(
     return grad_qkv, others[0], others[1], others[2]
 
 
-@_backward.register_fake
 def _backward_like(
     grad_out: Tensor,
     qkv: Tensor,
@@ -171,6 +157,10 @@ def _backward_like(
 
     grad_qkv = qkv.new_empty(qkv.shape)
     return grad_qkv, like(bias, bias_gradient), like(cosine_scale, True), like(padding, padding_gradient)
+
+
+_forward = kernel_operator("vizoo::window_attention", _run_forward, _forward_like)
+_backward = kernel_operator("vizoo::window_attention_backward", _run_backward, _backward_like)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vizoo.ops import gpu
+from vizoo.ops.registration import launchable
 
 from . import kernels, tiles
 from .function import register_flops
@@ -56,7 +57,6 @@ class _Call:
             "PRECISION": "tf32x3" if self.qkv.dtype == torch.float32 else "tf32",  # halves have but one precision
             "STAGES": tile.stages,
             "num_warps": tile.warps,
-            "maxnreg": tile.registers,
         }
 
 
@@ -86,7 +86,7 @@ def forward(
 def _whole_forward(call: _Call, out: Tensor) -> None:
     tile = tiles.whole(call.positions, call.d, call.itemsize, backward=False)
     rounds = _rounds(call, tile, parts=False)
-    kernels.whole_forward[(call.heads, _class_programs(call, rounds))](
+    launchable(kernels.whole_forward)[(call.heads, _class_programs(call, rounds))](
         *call.inputs, out, *call.sizes, call.images, rounds,
         BLOCK=tile.queries, HAS_BIAS=call.bias is not None, **call.constants(tile),
     )  # fmt: skip
@@ -94,7 +94,7 @@ def _whole_forward(call: _Call, out: Tensor) -> None:
 
 def _tiled_forward(call: _Call, out: Tensor, lse: Tensor) -> None:
     tile = tiles.tiled(call.d, call.itemsize)
-    kernels.tiled_forward[(call.windows * call.heads, -(-call.positions // tile.queries))](
+    launchable(kernels.tiled_forward)[(call.windows * call.heads, -(-call.positions // tile.queries))](
         *call.inputs, out, lse, *call.sizes,
         BLOCK_M=tile.queries, BLOCK_N=tile.keys, HAS_BIAS=call.bias is not None, **call.constants(tile),
     )  # fmt: skip
@@ -148,7 +148,7 @@ def _whole_backward(
     rounds = _rounds(call, tile, parts=bias_gradient)
     programs = _class_programs(call, rounds)
     bias_parts, cosine_parts, padding_parts = _parts(call, programs, programs, bias_gradient, padding_gradient)
-    kernels.whole_backward[(call.heads, programs)](
+    launchable(kernels.whole_backward)[(call.heads, programs)](
         grad_out, *call.inputs, grad_qkv, bias_parts, cosine_parts, padding_parts,
         *call.sizes, call.images, rounds,
         BLOCK=tile.queries, HAS_BIAS=call.bias is not None, BIAS_GRADIENT=bias_gradient,
@@ -174,16 +174,16 @@ def _tiled_backward(
     delta = torch.empty_like(lse)
     constants = {"BLOCK_M": tile.queries, "BLOCK_N": tile.keys, **call.constants(tile)}
     has_bias = call.bias is not None
-    kernels.tiled_backward_queries[(call.windows * heads, across_queries)](
+    launchable(kernels.tiled_backward_queries)[(call.windows * heads, across_queries)](
         grad_out, *call.inputs, out, lse, delta, grad_qkv, cosine_parts, *call.sizes,
         HAS_BIAS=has_bias, **constants,
     )  # fmt: skip
-    kernels.tiled_backward_keys[(call.windows * heads, across_keys)](
+    launchable(kernels.tiled_backward_keys)[(call.windows * heads, across_keys)](
         grad_out, *call.inputs, lse, delta, grad_qkv, padding_parts, *call.sizes,
         HAS_BIAS=has_bias, PADDING_GRADIENT=padding_gradient, **constants,
     )  # fmt: skip
     if bias_gradient:
-        kernels.tiled_backward_bias[(heads * across_queries * across_keys, programs)](
+        launchable(kernels.tiled_backward_bias)[(heads * across_queries * across_keys, programs)](
             grad_out, *call.inputs, lse, delta, bias_parts, *call.sizes, call.windows, **constants
         )
     return bias_parts, cosine_parts, padding_parts

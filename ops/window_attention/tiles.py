@@ -21,7 +21,6 @@ class Tile:
         warps: Warps of a program.
         stages: Loop iterations whose loads are in flight at once.
         per_sm: Programs for each multiprocessor, of kernels that loop over windows.
-        registers: Most registers a thread may have; None leaves it to the compiler.
     """
 
     queries: int
@@ -29,7 +28,6 @@ class Tile:
     warps: int
     stages: int
     per_sm: int
-    registers: int | None = None
 
 
 def power_of_two(n: int) -> int:

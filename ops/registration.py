@@ -1,0 +1,70 @@
+"""Makes functions that launch kernels known to torch as operators."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._library.custom_ops import CustomOpDef
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+_state = threading.local()
+
+
+def kernel_operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> CustomOpDef:
+    """Registers a function as a torch operator whose kernels compilers can see.
+
+    `torch.compile` takes the body apart: it calls the kernels itself, without the tens of microseconds that the way
+    through Python's side of the dispatcher costs, and fuses the torch code around them. Export, dispatch modes and
+    `FakeTensorMode` keep the operator whole. `torch.library.triton_op` does the same, but imports triton to register.
+
+    Args:
+        name: `vizoo::<name>`.
+        function: Allocates and launches through `launchable`. Annotated, for the schema is made of that; it must not
+            return its inputs.
+        fake: The same signature; makes empty outputs only.
+    """
+    operator = torch.library.custom_op(name, function, mutates_args=(), schema=_schema(function))
+    operator.register_fake(fake)
+    if os.environ.get("TRITON_INTERPRET") != "1":  # compilers cannot call what is not compiled
+
+        @operator.register_torch_dispatch(FunctionalTensorMode)
+        def taken_apart(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+            if _exporting(mode):
+                return mode.__torch_dispatch__(op, types, args, kwargs)
+            with mode:
+                return _recorded(function, *args, **kwargs)
+
+    return operator
+
+
+def launchable(kernel: Any) -> Any:
+    """The kernel as it is to be launched, `launchable(kernel)[grid](...)`: through the tracer where one looks on."""
+    return torch.library.wrap_triton(kernel) if getattr(_state, "recording", False) else kernel
+
+
+def _recorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls the function, whose kernels `launchable` hands to the tracer."""
+    before, _state.recording = getattr(_state, "recording", False), True
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _state.recording = before
+
+
+def _schema(function: Callable[..., Any]) -> str:
+    """Torch's schema of an annotated function. The names are resolved here: torch 2.6 knows few of them."""
+    bare = lambda: None  # noqa: E731
+    bare.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
+    return torch.library.infer_schema(bare, mutates_args=())
+
+
+def _exporting(mode: FunctionalTensorMode) -> bool:
+    from torch.export import _trace  # slow to import, and here by then
+
+    whole = getattr(_trace, "custom_triton_ops_decomposition_disabled", None)
+    return mode.export if whole is None else whole()
