@@ -8,6 +8,7 @@ pyramid = vizoo.create_model("swin_tiny_patch4_window7_224", features_only=True)
 
 from vizoo.backbones.base import Backbone, FeatureInfo, Stage
 
+from .bridges import as_torchvision_backbone, register_mmengine, register_timm
 from .card import Card, describe
 from .checkpoint import CheckpointMismatch, LoadReport, load_checkpoint
 from .create import create_model
@@ -22,8 +23,11 @@ __all__ = [
     "FeatureInfo",
     "LoadReport",
     "Stage",
+    "as_torchvision_backbone",
     "create_model",
     "describe",
     "list_models",
     "load_checkpoint",
+    "register_mmengine",
+    "register_timm",
 ]

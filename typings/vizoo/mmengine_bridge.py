@@ -1,0 +1,1 @@
+../../zoo/mmengine_bridge.py

@@ -1,0 +1,1 @@
+../../zoo/timm_bridge.py

@@ -1,0 +1,1 @@
+../../zoo/torchvision_bridge.py
