@@ -226,6 +226,19 @@ class Seeded:
         return self.compose(**data)
 
 
+def seeded_pipeline(transforms: Sequence[Any], **targets: Any) -> Seeded:
+    """A composition of albumentations' transforms, seeded.
+
+    Args:
+        transforms: albumentations transforms or their configs, as `AlbumentationsTransform` takes them.
+        targets: What `albumentations.Compose` is to know of boxes, masks and so on.
+
+    Raises:
+        ValueError: An unknown transform or argument, or a value that albumentations rejects.
+    """
+    return Seeded(_albumentations().Compose([_build(spec) for spec in transforms], **targets))
+
+
 class AlbumentationsTransform:
     """A pipeline of albumentations' transforms on 8-bit images, then normalisation and random erasing.
 
@@ -257,7 +270,7 @@ class AlbumentationsTransform:
         _check_probabilities(erase_prob=erase_prob)
         check_moments(mean, std, len(mean))
         self.mean, self.std = tuple(mean), tuple(std)
-        self.augment = Seeded(_albumentations().Compose([_build(spec) for spec in transforms]))
+        self.augment = seeded_pipeline(transforms)
         self.erase = RandomErasing(erase_prob, scale=ERASED_AREA, ratio=ERASED_ASPECT, value="random")
 
     def __call__(self, image: Image.Image | np.ndarray) -> Tensor:

@@ -18,7 +18,7 @@ MAX_PIXELS = 100_000_000
 BLEND_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
-def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, upright: bool = True) -> Image.Image:
     """Read one image file as 8-bit RGB, turned the way its EXIF orientation says.
 
     Gray images get three equal channels; 16-bit gray is scaled to 8 bits (65535 becomes 255), not clipped; transparent
@@ -28,6 +28,7 @@ def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
         path: The file.
         max_pixels: Refuse larger images before decoding them: a small file may unpack to many gigabytes. Pillow's own
             limit, `PIL.Image.MAX_IMAGE_PIXELS` times two, holds as well.
+        upright: Turn the image by its EXIF orientation; False leaves it as stored, as COCO's annotations expect.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -45,7 +46,7 @@ def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
     with path.open("rb") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = _open(file, path, max_pixels)
-        return _decode(image, path)
+        return _decode(image, path, upright)
 
 
 def _open(file: BinaryIO, path: Path, max_pixels: int) -> Image.Image:
@@ -63,13 +64,13 @@ def _open(file: BinaryIO, path: Path, max_pixels: int) -> Image.Image:
     return image
 
 
-def _decode(image: Image.Image, path: Path) -> Image.Image:
+def _decode(image: Image.Image, path: Path, upright: bool) -> Image.Image:
     try:
         image.load()
     except Exception as error:  # decoders of damaged data raise whatever their code ran into
         raise ValueError(f"{path} is corrupt or truncated: {error}") from error
     try:
-        return to_rgb(_upright(image))
+        return to_rgb(_upright(image) if upright else image)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
