@@ -9,7 +9,8 @@ What differs from the official code, and why:
 - One class serves classification and dense tasks. A map that windows do not divide is padded behind the block's first
   norm, as the official dense version does; padded positions are ordinary keys made of the projection's bias.
 - A stage whose map's smaller side does not exceed its window is not shifted, judged at run time. This gives the
-  official classifier at the size it was built for and the official dense version wherever the map exceeds the window.
+  official classifier at the size it was built for. The dense version (`output_norms`) always shifts, as the official
+  one does; the two differ only on maps that one window covers.
 - Shift masks and index tables are computed, never stored.
 """
 
@@ -133,10 +134,11 @@ class WindowAttention(nn.Module):
 
     relative_position_index: Tensor
 
-    def __init__(self, channels: int, heads: int, window: int) -> None:
+    def __init__(self, channels: int, heads: int, window: int, always_shift: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.window = window
+        self.always_shift = always_shift
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
         self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -146,15 +148,19 @@ class WindowAttention(nn.Module):
         """Relative position bias (heads, window^2, window^2)."""
         return look_up_bias(self.relative_position_bias_table, self.relative_position_index)
 
+    def shift(self, height: int, width: int) -> int:
+        """How far a shifted block moves its windows on a map of this size."""
+        return self.window // 2 if self.always_shift else shift_of(self.window, height, width)
+
     def forward(self, x: Tensor, shifted: bool) -> Tensor:
-        """(B, H, W, C) to the same shape; `shifted` moves the windows by half a window where the map allows it."""
+        """(B, H, W, C) to the same shape; `shifted` moves the windows by half a window, where `shift_of` allows it."""
         batch, height, width, channels = x.shape
         qkv = self.qkv(x).view(batch, height, width, 3, self.heads, channels // self.heads)
         out = window_attention(
             qkv,
             self.bias(),
             window=self.window,
-            shift=shift_of(self.window, height, width) if shifted else 0,
+            shift=self.shift(height, width) if shifted else 0,
             padding=self.qkv.bias.view(3, self.heads, -1),
         )
         return self.proj(out.flatten(3))
@@ -175,7 +181,9 @@ class SwinBlock(nn.Module):
 
     def make_attention(self, config: SwinConfig, stage: int) -> nn.Module:
         """The attention of a block in this stage."""
-        return WindowAttention(config.channels[stage], config.num_heads[stage], config.windows[stage])
+        return WindowAttention(
+            config.channels[stage], config.num_heads[stage], config.windows[stage], always_shift=config.output_norms
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""

@@ -1,8 +1,7 @@
-"""What detectors and segmenters share: a backbone that gives maps, frozen stages, normalised and padded batches."""
+"""What detectors and segmenters share: a backbone that gives maps, normalised and padded batches."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vizoo
-from vizoo.registry import resolve
+from vizoo.dense import create_dense
 
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
@@ -38,41 +37,7 @@ def build_backbone(backbone: Mapping[str, Any] | vizoo.Backbone) -> vizoo.Backbo
     options = dict(backbone)
     if "name" not in options:
         raise ValueError(f"the backbone's config needs a name, got only {', '.join(options) or 'nothing'}")
-    if hasattr(resolve(options["name"]).variant.config, "output_norms"):
-        options.setdefault("output_norms", True)
-    return vizoo.create_model(**{**options, "features_only": True})
-
-
-def freeze_stages(backbone: vizoo.Backbone, count: int) -> list[nn.Module]:
-    """Stop the gradients of the stem and the first stages.
-
-    The parameters are told apart by the coarse `group_matcher()`: a downsampling goes with the stage it is part of.
-    Output norms stay trainable.
-
-    Args:
-        backbone: The model.
-        count: -1 freezes nothing, 0 the stem, k the stem and the first k stages.
-
-    Returns:
-        The frozen modules, which the caller keeps in eval mode.
-
-    Raises:
-        ValueError: A count outside -1 .. number of stages.
-    """
-    if not -1 <= count <= backbone.built_stages:
-        raise ValueError(f"frozen_stages must lie in -1..{backbone.built_stages}, got {count}")
-    if count < 0:
-        return []
-    matcher = backbone.group_matcher(coarse=True)
-
-    def is_frozen(name: str) -> bool:
-        found = (re.search(pattern, name) for pattern, _ in matcher["blocks"])
-        return bool(re.search(matcher["stem"], name)) or any(match and int(match[1]) < count for match in found)
-
-    for name, parameter in backbone.named_parameters():
-        if is_frozen(name):
-            parameter.requires_grad_(False)
-    return [module for name, module in backbone.named_modules() if is_frozen(f"{name}.")]
+    return create_dense(**options)
 
 
 def normalize(image: Tensor, mean: Tensor, std: Tensor) -> Tensor:

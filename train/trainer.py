@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from mmengine.logging import MMLogger
-from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.model import (
+    MMDistributedDataParallel,
+    convert_sync_batchnorm,
+    is_model_wrapper,
+    revert_sync_batchnorm,
+)
 from mmengine.optim import OptimWrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -54,7 +59,9 @@ class Trainer(Runner):
     """The Runner of every run.
 
     Beside mmengine's, the config has `device` (see `pick_device`), `compile` (False, True, or options of
-    `torch.compile` for the backbone) and `find_unused_parameters`.
+    `torch.compile` for the backbone) and `find_unused_parameters`. mmengine's `sync_bn="torch"` joins the batch norms
+    of several processes on GPUs; a single process, or one on a CPU, which torch's joined norms do not run on, keeps
+    its own.
     """
 
     def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> MMLogger:
@@ -81,6 +88,8 @@ class Trainer(Runner):
         model = model.to(device)
         if not self.distributed:
             return revert_sync_batchnorm(model)
+        if self.cfg.get("sync_bn") and device.type == "cuda":
+            model = convert_sync_batchnorm(model, self.cfg.sync_bn)
         options = {"broadcast_buffers": False, "find_unused_parameters": self.cfg.get("find_unused_parameters", False)}
         ids = [device.index] if device.type == "cuda" else None
         return MMDistributedDataParallel(module=model, device_ids=ids, **options, **(model_wrapper_cfg or {}))

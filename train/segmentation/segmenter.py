@@ -12,7 +12,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 import vizoo
-from vizoo.train.dense import MEAN, STD, ImageBatcher, build_backbone, freeze_stages, pad_to
+from vizoo.dense import freeze
+from vizoo.train.dense import MEAN, STD, ImageBatcher, build_backbone, pad_to
 
 from .inference import Inference, MultiScale, Whole, build_inference
 from .layers import resize
@@ -88,7 +89,7 @@ class Segmenter(BaseModel):
         self.pad_size = pad_size or (0, 0)
         self.batcher = ImageBatcher(mean, std)
         self.backbone.set_grad_checkpointing(grad_checkpointing)
-        self._frozen = freeze_stages(self.backbone, frozen_stages)
+        self._frozen = freeze(self.backbone, frozen_stages)
 
     def train(self, mode: bool = True) -> Segmenter:
         """Switch to training or evaluation; frozen stages stay in evaluation mode."""
