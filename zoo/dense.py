@@ -32,7 +32,7 @@ def create_dense(
     return create_model(name, pretrained, features_only=True, out_indices=out_indices, **overrides)
 
 
-def freeze(model: Backbone, frozen_stages: int) -> list[nn.Module]:
+def freeze_stages(model: Backbone, frozen_stages: int) -> list[nn.Module]:
     """Take the gradients from the stem and the first stages.
 
     Args:
@@ -45,9 +45,9 @@ def freeze(model: Backbone, frozen_stages: int) -> list[nn.Module]:
     Raises:
         ValueError: There are not so many stages.
     """
-    if not -1 <= frozen_stages <= len(model.stages):
+    if not -1 <= frozen_stages <= model.built_stages:
         raise ValueError(
-            f"frozen_stages must lie in -1..{len(model.stages)} (-1: nothing, 0: the stem, k: k stages as well), "
+            f"frozen_stages must lie in -1..{model.built_stages} (-1: nothing, 0: the stem, k: k stages as well), "
             f"got {frozen_stages}"
         )
     groups = model.group_matcher(coarse=True)

@@ -8,7 +8,7 @@ from typing import Any
 from timm.models import FeatureInfo, generate_default_cfgs, is_model, register_model
 from torch import Tensor, nn
 
-from vizoo.backbones.base import Backbone, Variant, image_sides, nearest
+from vizoo.backbones.base import Backbone, Variant, image_sides
 from vizoo.weights.record import Weights
 
 from .create import create_model
@@ -133,9 +133,8 @@ def _create(
 def _tagged(name: str, pretrained_cfg: Any) -> str:
     """The zoo's name for what timm split into a model and the tag of its weights."""
     if pretrained_cfg and not isinstance(pretrained_cfg, str):
-        tags = variants()[name][1].weights
-        hint = nearest("", tags) if tags else "none are published"
-        raise ValueError(f"pretrained_cfg must be the tag of weights of {name}, {hint}; got {pretrained_cfg!r}")
+        tags = ", ".join(variants()[name][1].weights) or "none are published"
+        raise ValueError(f"pretrained_cfg must be a tag of the weights of {name} ({tags}), got {pretrained_cfg!r}")
     return f"{name}.{pretrained_cfg}" if pretrained_cfg else name
 
 
