@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vizoo.images import MAX_PIXELS, load_image
+from vizoo.train.geometry import integer, uniform
 from vizoo.train.transforms import build_transform, prepare_worker
 
 from .annotations import MIN_SIDE, Annotations, load_annotations
 from .samples import Sample, tidy
-from .transforms import CopyPaste, integer, uniform
+from .transforms import CopyPaste
 
 
 class Target(TypedDict, total=False):

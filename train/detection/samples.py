@@ -55,15 +55,6 @@ def tidy(sample: Sample) -> Sample:
     return sample if keep.all() else select(sample, keep)
 
 
-def fit(height: int, width: int, long: float, short: float) -> tuple[int, int]:
-    """Largest size of the same shape with a long side up to `long` and a short side up to `short`.
-
-    Rounded half up, as the published models were tested with, and at least one pixel.
-    """
-    scale = min(long / max(height, width), short / min(height, width))
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
-
-
 def resize(sample: Sample, height: int, width: int) -> Sample:
     """Resize bilinearly, the masks to the nearest pixel, the boxes by the true factor of each axis."""
     old_height, old_width = sample.size

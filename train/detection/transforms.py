@@ -14,22 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from vizoo.train.geometry import fit, integer, uniform
 from vizoo.train.transforms import prepare_worker, seeded_pipeline
 
-from .samples import Array, Sample, crop, fit, fit_boxes, flip, pad, resize, select, tidy
+from .samples import Array, Sample, crop, fit_boxes, flip, pad, resize, select, tidy
 
 MAX_LONG, SHORT = 1333, 800
 SHORT_SIDES = tuple(range(480, 801, 32))
-
-
-def uniform(low: float, high: float) -> float:
-    """A number of [low, high), from torch's generator."""
-    return low + (high - low) * float(torch.rand(()))
-
-
-def integer(low: int, high: int) -> int:
-    """A whole number of low..high, both included, from torch's generator."""
-    return int(torch.randint(low, high + 1, ()))
 
 
 class DetectionTransform:
