@@ -32,7 +32,7 @@ def create_dense(
     return create_model(name, pretrained, features_only=True, out_indices=out_indices, **overrides)
 
 
-def freeze_stages(model: Backbone, frozen_stages: int) -> list[nn.Module]:
+def freeze(model: Backbone, frozen_stages: int) -> list[nn.Module]:
     """Take the gradients from the stem and the first stages.
 
     Args:

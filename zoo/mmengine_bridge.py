@@ -10,7 +10,7 @@ from mmengine.registry import MODELS, Registry
 from torch import Tensor
 
 from .checkpoint import load_checkpoint
-from .dense import create_dense, freeze_stages
+from .dense import create_dense, freeze
 
 SCOPE = "vizoo"
 
@@ -48,7 +48,7 @@ class MMEngineBackbone(BaseModule):
         super().__init__(init_cfg)
         self.body = create_dense(name, pretrained=pretrained, out_indices=out_indices, **overrides)
         self.body.set_grad_checkpointing(grad_checkpointing)
-        self._frozen = freeze_stages(self.body, frozen_stages)
+        self._frozen = freeze(self.body, frozen_stages)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images (B, in_chans, H, W) to maps (B, C, H / stride, W / stride), finest first."""

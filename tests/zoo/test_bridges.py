@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import vizoo
-from vizoo.dense import create_dense, freeze_stages
+from vizoo.dense import create_dense, freeze
 from vizoo.registry import families, resolve
 from vizoo.weights.errors import UnverifiedWeightsWarning
 from vizoo.weights.store import import_file
@@ -46,7 +46,7 @@ def reached(module: nn.Module) -> set[str]:
 def test_freezing_takes_the_stem_and_the_first_stage(family: str) -> None:
     model = create_dense(first(family), **tiny(family))
     stem, *stages = [f"{model.stem_name.rpartition('.')[0]}.", *(f"{stage.name}." for stage in model.stages)]
-    modules = freeze_stages(model, 1)
+    modules = freeze(model, 1)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     early = {name for name, _ in model.named_parameters() if name.startswith((stem, stages[0]))}
     late = {name for name, _ in model.named_parameters() if name.startswith(tuple(stages[1:]))}
@@ -61,9 +61,9 @@ def test_freezing_takes_the_stem_and_the_first_stage(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_freezing_nothing_and_the_stem_alone(family: str) -> None:
     model = create_dense(first(family), **tiny(family))
-    assert freeze_stages(model, -1) == []
+    assert freeze(model, -1) == []
     assert all(parameter.requires_grad for parameter in model.parameters())
-    freeze_stages(model, 0)
+    freeze(model, 0)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert f"{model.stem_name}.weight" in frozen
     assert not any(name.startswith(f"{model.stages[0].name}.") for name in frozen)
@@ -73,7 +73,7 @@ def test_freezing_more_stages_than_there_are() -> None:
     model = create_dense(SWIN, **tiny("swin"))
     for count in (-2, 5):
         with pytest.raises(ValueError, match=rf"frozen_stages must lie in -1\.\.4 .* got {count}"):
-            freeze_stages(model, count)
+            freeze(model, count)
 
 
 def test_a_dense_backbone_has_the_norms_of_the_dense_code_unless_told_otherwise() -> None:
