@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vizoo.ops import layer_norm
+from vizoo.ops import gelu_linear, layer_norm
+from vizoo.ops.tracing import known
 
 
 class DropPath(nn.Module):
@@ -75,7 +76,15 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., channels) to the same shape."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        hidden = self.fc1(x)
+        if is_plain(self.fc2):
+            return gelu_linear(hidden, self.fc2.weight, self.fc2.bias)
+        return self.fc2(F.gelu(hidden))
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a linear layer is just that, so that nobody notices if it is not called: no adapter, no hook on it."""
+    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
@@ -85,8 +94,8 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 
 
 def zero_pad(x: Tensor, *pads: int) -> Tensor:
-    """`F.pad`, without the copy that it makes where there is nothing to pad; compilers leave that out themselves."""
-    if not torch.compiler.is_compiling() and not any(pads):
+    """`F.pad`, without the copy that it makes where there is nothing to pad."""
+    if all(known(pad == 0) for pad in pads):
         return x
     return F.pad(x, pads)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from .channel_attention import channel_attention
+from .depthwise_conv import depthwise_conv
 from .dispatch import explain, use
+from .gelu_linear import gelu_linear
 from .layer_norm import layer_norm
 from .window_attention import window_attention
 
-__all__ = ["channel_attention", "explain", "layer_norm", "use", "window_attention"]
+__all__ = ["channel_attention", "depthwise_conv", "explain", "gelu_linear", "layer_norm", "use", "window_attention"]

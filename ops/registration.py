@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import threading
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 _state = threading.local()
 
 
-def kernel_operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> CustomOpDef:
+def kernel_operator(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> CustomOpDef:
     """Registers a function as a torch operator whose kernels compilers can see.
 
     `torch.compile` takes the body apart: it calls the kernels itself, without the tens of microseconds that the way
@@ -24,11 +23,11 @@ def kernel_operator(name: str, function: Callable[..., Any], fake: Callable[...,
 
     Args:
         name: `vizoo::<name>`.
-        function: Allocates and launches through `launchable`. Annotated, for the schema is made of that; it must not
-            return its inputs.
+        schema: Its arguments and results as torch writes them; torch 2.6 cannot read ours off the annotations.
+        function: Allocates and launches through `launchable`. It must not return its inputs.
         fake: The same signature; makes empty outputs only.
     """
-    operator = torch.library.custom_op(name, function, mutates_args=(), schema=_schema(function))
+    operator = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
     operator.register_fake(fake)
     if os.environ.get("TRITON_INTERPRET") != "1":  # compilers cannot call what is not compiled
 
@@ -54,13 +53,6 @@ def _recorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
     finally:
         _state.recording = before
-
-
-def _schema(function: Callable[..., Any]) -> str:
-    """Torch's schema of an annotated function. The names are resolved here: torch 2.6 knows few of them."""
-    bare = lambda: None  # noqa: E731
-    bare.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
-    return torch.library.infer_schema(bare, mutates_args=())
 
 
 def _exporting(mode: FunctionalTensorMode) -> bool:

@@ -6,11 +6,15 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+DYNAMO_KNOWS_STATICALLY = torch.__version__ >= (2, 9)  # not 2.6, but 2.11; those between were not tried
+
 
 def known(condition: bool | torch.SymBool) -> bool:
-    """Whether a condition holds for every size the trace stands for. Never adds a guard."""
+    """Whether a condition holds for every size the trace stands for. Adds no guard, but for Dynamo of older torch."""
     if isinstance(condition, bool) and not torch.compiler.is_compiling():  # Dynamo calls a symbolic truth a bool
         return condition
+    if torch.compiler.is_dynamo_compiling() and not DYNAMO_KNOWS_STATICALLY:
+        return bool(condition)
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # pulls in sympy: only when tracing
 
     return statically_known_true(condition)

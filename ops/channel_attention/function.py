@@ -74,8 +74,15 @@ def _backward_like(grad_out: Tensor, qkv: Tensor, weights: Tensor, scale: float)
     return qkv.new_empty(qkv.shape)
 
 
-_forward = kernel_operator("vizoo::channel_attention", _launch_forward, _forward_like)
-_backward = kernel_operator("vizoo::channel_attention_backward", _launch_backward, _backward_like)
+_forward = kernel_operator(
+    "vizoo::channel_attention", "(Tensor qkv, float scale) -> (Tensor, Tensor)", _launch_forward, _forward_like
+)
+_backward = kernel_operator(
+    "vizoo::channel_attention_backward",
+    "(Tensor grad_out, Tensor qkv, Tensor weights, float scale) -> Tensor",
+    _launch_backward,
+    _backward_like,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -78,8 +78,19 @@ def _backward_like(
     )
 
 
-_forward = kernel_operator("vizoo::layer_norm", _launch_forward, _forward_like)
-_backward = kernel_operator("vizoo::layer_norm_backward", _launch_backward, _backward_like)
+_forward = kernel_operator(
+    "vizoo::layer_norm",
+    "(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> Tensor",
+    _launch_forward,
+    _forward_like,
+)
+_backward = kernel_operator(
+    "vizoo::layer_norm_backward",
+    "(Tensor grad_out, Tensor x, Tensor weight, Tensor bias, float eps, bool x_gradient,"
+    " bool parameter_gradient) -> (Tensor, Tensor, Tensor)",
+    _launch_backward,
+    _backward_like,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -159,8 +159,21 @@ def _backward_like(
     return grad_qkv, like(bias, bias_gradient), like(cosine_scale, True), like(padding, padding_gradient)
 
 
-_forward = kernel_operator("vizoo::window_attention", _run_forward, _forward_like)
-_backward = kernel_operator("vizoo::window_attention_backward", _run_backward, _backward_like)
+_forward = kernel_operator(
+    "vizoo::window_attention",
+    "(Tensor qkv, Tensor? bias, Tensor? cosine_scale, Tensor? padding, SymInt[] window, SymInt[] shift,"
+    " float scale) -> (Tensor, Tensor)",
+    _run_forward,
+    _forward_like,
+)
+_backward = kernel_operator(
+    "vizoo::window_attention_backward",
+    "(Tensor grad_out, Tensor qkv, Tensor? bias, Tensor? cosine_scale, Tensor? padding, Tensor? out,"
+    " Tensor? lse, SymInt[] window, SymInt[] shift, float scale, bool bias_gradient, bool padding_gradient)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _backward_like,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
