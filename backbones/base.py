@@ -82,12 +82,15 @@ class CheckpointLayout:
         marker: Regular expression that matches a key of every checkpoint in this layout and of no other layout.
         renames: (pattern, replacement) pairs; the first pattern found in a key rewrites it, other keys stay.
         ignored: Patterns of keys that a model computes itself and therefore drops.
+        reorders: (pattern, function) pairs for entries whose numbers stand in another order; the first pattern found
+            in a key gives the function that brings its tensor into ours.
     """
 
     name: str
     marker: str
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    reorders: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = ()
 
     def translate(self, key: str) -> str | None:
         """Our name for a key of this layout; None where the model computes that entry itself."""
@@ -97,6 +100,13 @@ class CheckpointLayout:
             if re.search(pattern, key):
                 return re.sub(pattern, replacement, key)
         return key
+
+    def reorder(self, key: str, value: Tensor) -> Tensor:
+        """The numbers of an entry of this layout in our order."""
+        for pattern, function in self.reorders:
+            if re.search(pattern, key):
+                return function(value)
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)

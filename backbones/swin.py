@@ -332,6 +332,27 @@ OFFICIAL_LAYOUT = CheckpointLayout(
     ignored=(r"relative_position_index$", r"relative_coords_table$", r"attn_mask$"),
 )
 
+
+def merging_order(value: Tensor) -> Tensor:
+    """Patch merging of mmdetection, whose last axis goes by (channel, row, column), in our order of 2 x 2 cells."""
+    cells = value.unflatten(-1, (-1, 4)).transpose(-1, -2)
+    return cells[..., [0, 2, 1, 3], :].flatten(-2)
+
+
+MMDET_LAYOUT = CheckpointLayout(
+    name="mmdetection",
+    marker=r"^stages\.\d+\.blocks\.\d+\.attn\.w_msa\.",
+    renames=(
+        (r"^stages\.(\d+\.blocks\.\d+\.attn)\.w_msa\.", r"layers.\1."),
+        (r"^stages\.(\d+\.blocks\.\d+)\.ffn\.layers\.0\.0\.", r"layers.\1.mlp.fc1."),
+        (r"^stages\.(\d+\.blocks\.\d+)\.ffn\.layers\.1\.", r"layers.\1.mlp.fc2."),
+        (r"^stages\.", "layers."),
+        (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    ),
+    ignored=(r"relative_position_index$",),
+    reorders=((r"\.downsample\.(reduction|norm)\.", merging_order),),
+)
+
 RELEASES = "https://github.com/SwinTransformer/storage/releases/download"
 COMMIT = "f82860bfb5225915aca09c3227159ee9e1df874d"
 SQUASH: dict[str, Any] = {"crop_mode": "squash", "crop_pct": 1.0}
@@ -504,7 +525,7 @@ FAMILY = Family(
     variants=VARIANTS,
     mixer="window attention",
     paper="Swin Transformer: Hierarchical Vision Transformer using Shifted Windows, ICCV 2021, arXiv 2103.14030",
-    layouts=(OFFICIAL_LAYOUT, TIMM_LAYOUT),
+    layouts=(OFFICIAL_LAYOUT, TIMM_LAYOUT, MMDET_LAYOUT),
     tiny={"img_size": 64, "window_size": 4, "embed_dim": 16, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 2, 4)},
     bias_tables=r"relative_position_bias_table$",
 )

@@ -141,7 +141,7 @@ def _translate(state: dict[str, Tensor], layout: CheckpointLayout, report: LoadR
                 f"{report.source}: two entries are named {name} in the {layout.name} layout, one is {key}"
             )
         else:
-            translated[name] = value
+            translated[name] = layout.reorder(key, value)
     return translated
 
 
