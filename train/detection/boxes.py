@@ -81,6 +81,7 @@ class Assigner(torchvision_utils.Matcher):
 
     def set_low_quality_matches_(self, matches: Tensor, all_matches: Tensor, match_quality_matrix: Tensor) -> None:
         """Give to each object its best boxes; where two objects claim one, the later object has it."""
+        assert self.low_quality_min is not None
         best = match_quality_matrix.amax(dim=1, keepdim=True)
         # An object that overlaps no box at all ties with every box; mmdetection then gives it all of them.
         claims = (match_quality_matrix == best) & (best >= self.low_quality_min) & (best > 0)

@@ -193,7 +193,7 @@ class CocoDetection(Dataset[Item]):
         }
         if sample.masks is not None:
             target["masks"] = torch.from_numpy(np.ascontiguousarray(sample.masks))
-        pixels = np.ascontiguousarray(sample.image.transpose(2, 0, 1))
+        pixels = sample.image.transpose(2, 0, 1).copy()
         return {"image": torch.from_numpy(pixels), "target": target}
 
 

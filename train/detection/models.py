@@ -23,8 +23,55 @@ Options = Mapping[str, Any] | None
 Sizes = list[tuple[int, int]]
 
 
+class TwoStage(Detector):
+    """Proposals, and what a subclass makes of them in `second_losses` and `second_detections`.
+
+    Args:
+        backbone: See `Detector`.
+        rpn: Arguments of `ProposalNetwork`.
+        options: Further arguments of `Detector`.
+    """
+
+    mask: MaskBranch
+
+    def __init__(
+        self, backbone: Mapping[str, Any] | vizoo.Backbone, rpn: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> None:
+        super().__init__(backbone, **options)
+        self.rpn = ProposalNetwork(self.neck.channels, self.neck.strides, **rpn)
+
+    @property
+    def pooled_from(self) -> tuple[int, tuple[int, ...], int]:
+        """Channels and strides of the levels that boxes are pooled from, and classes: first arguments of a branch."""
+        return self.neck.channels, self.neck.strides[:-1], self.num_classes
+
+    def second_losses(
+        self, maps: list[Tensor], proposals: list[Tensor], sizes: Sizes, targets: list[dict[str, Any]]
+    ) -> dict[str, Tensor]:
+        """Losses by name on the proposals (n, 4) of each image."""
+        raise NotImplementedError(f"{type(self).__name__} must implement second_losses()")
+
+    def second_detections(self, maps: list[Tensor], proposals: list[Tensor], sizes: Sizes) -> Found:
+        """Detections among the proposals (n, 4) of each image, and their masks."""
+        raise NotImplementedError(f"{type(self).__name__} must implement second_detections()")
+
+    def head_losses(self, maps: list[Tensor], sizes: Sizes, targets: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """`loss_rpn_objectness`, `loss_rpn_box`, and those of the second stage."""
+        proposals, losses = self.rpn(maps, sizes, targets)
+        return {**losses, **self.second_losses(_pooled(maps), proposals, sizes, targets)}
+
+    def head_detections(self, maps: list[Tensor], sizes: Sizes) -> Found:
+        """Boxes in input pixels, and their masks."""
+        proposals, _ = self.rpn(maps, sizes)
+        return self.second_detections(_pooled(maps), proposals, sizes)
+
+    def paste(self, masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        """See `Detector`."""
+        return self.mask.paste(masks, boxes, size)
+
+
 @MODELS.register_module()
-class FasterRCNN(Detector):
+class FasterRCNN(TwoStage):
     """Proposals, then a class and a refined box for each.
 
     Args:
@@ -39,20 +86,17 @@ class FasterRCNN(Detector):
     def __init__(
         self, backbone: Mapping[str, Any] | vizoo.Backbone, *, rpn: Options = None, box: Options = None, **options: Any
     ) -> None:
-        super().__init__(backbone, **options)
-        channels, strides = self.neck.channels, self.neck.strides
-        self.rpn = ProposalNetwork(channels, strides, **(rpn or {}))
-        self.box = BoxBranch(channels, strides[:-1], self.num_classes, **(box or {}))
+        super().__init__(backbone, rpn or {}, options)
+        self.box = BoxBranch(*self.pooled_from, **(box or {}))
 
-    def head_losses(self, maps: list[Tensor], sizes: Sizes, targets: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """`loss_rpn_objectness`, `loss_rpn_box`, `loss_classifier`, `loss_box_reg`."""
-        proposals, losses = self.rpn(maps, sizes, targets)
-        box_losses, _ = self.box.loss(maps, proposals, targets)
-        return {**losses, **box_losses}
+    def second_losses(
+        self, maps: list[Tensor], proposals: list[Tensor], sizes: Sizes, targets: list[dict[str, Any]]
+    ) -> dict[str, Tensor]:
+        """`loss_classifier`, `loss_box_reg`."""
+        return self.box.loss(maps, proposals, targets)[0]
 
-    def head_detections(self, maps: list[Tensor], sizes: Sizes) -> Found:
-        """Boxes in input pixels; no masks."""
-        proposals, _ = self.rpn(maps, sizes)
+    def second_detections(self, maps: list[Tensor], proposals: list[Tensor], sizes: Sizes) -> Found:
+        """See `TwoStage`."""
         return self.box.detect(maps, proposals, sizes), None
 
 
@@ -70,29 +114,23 @@ class MaskRCNN(FasterRCNN):
 
     def __init__(self, backbone: Mapping[str, Any] | vizoo.Backbone, *, mask: Options = None, **options: Any) -> None:
         super().__init__(backbone, **options)
-        self.mask = MaskBranch(self.neck.channels, self.neck.strides[:-1], self.num_classes, **(mask or {}))
+        self.mask = MaskBranch(*self.pooled_from, **(mask or {}))
 
-    def head_losses(self, maps: list[Tensor], sizes: Sizes, targets: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Those of `FasterRCNN`, and `loss_mask`."""
-        proposals, losses = self.rpn(maps, sizes, targets)
-        maps = pooled_maps(maps)
-        box_losses, samples = self.box.loss(maps, proposals, targets)
-        return {**losses, **box_losses, **self.mask.loss(maps, samples, targets)}
+    def second_losses(
+        self, maps: list[Tensor], proposals: list[Tensor], sizes: Sizes, targets: list[dict[str, Any]]
+    ) -> dict[str, Tensor]:
+        """`loss_classifier`, `loss_box_reg`, `loss_mask`."""
+        losses, samples = self.box.loss(maps, proposals, targets)
+        return {**losses, **self.mask.loss(maps, samples, targets)}
 
-    def head_detections(self, maps: list[Tensor], sizes: Sizes) -> Found:
-        """Boxes in input pixels, and their masks."""
-        proposals, _ = self.rpn(maps, sizes)
-        maps = pooled_maps(maps)
+    def second_detections(self, maps: list[Tensor], proposals: list[Tensor], sizes: Sizes) -> Found:
+        """See `TwoStage`."""
         found = self.box.detect(maps, proposals, sizes)
         return found, self.mask.detect(maps, found)
 
-    def paste(self, masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """See `Detector`."""
-        return self.mask.paste(masks, boxes, size)
-
 
 @MODELS.register_module()
-class CascadeMaskRCNN(Detector):
+class CascadeMaskRCNN(TwoStage):
     """Proposals that three box heads refine one after the other, and a mask head per stage.
 
     Args:
@@ -121,37 +159,31 @@ class CascadeMaskRCNN(Detector):
         stage_loss_weights: Sequence[float] = (1.0, 0.5, 0.25),
         **options: Any,
     ) -> None:
-        super().__init__(backbone, **options)
-        channels, strides = self.neck.channels, self.neck.strides
-        official = {"box_beta": 1 / 9, "train_kept": 2000, "allowed_border": 0.0}
-        self.rpn = ProposalNetwork(channels, strides, **{**official, **(rpn or {})})
-        self.box = CascadeBoxBranch(channels, strides[:-1], self.num_classes, **(box or {}))
+        super().__init__(
+            backbone, {"box_beta": 1 / 9, "train_kept": 2000, "allowed_border": 0.0, **(rpn or {})}, options
+        )
+        self.box = CascadeBoxBranch(*self.pooled_from, **(box or {}))
         stages = len(self.box.stages)
         if len(stage_loss_weights) != stages:
             raise ValueError(f"a cascade needs one loss weight per stage, got {len(stage_loss_weights)} for {stages}")
-        self.mask = MaskBranch(channels, strides[:-1], self.num_classes, **{"stages": stages, **(mask or {})})
+        self.mask = MaskBranch(*self.pooled_from, stages=stages, **(mask or {}))
         self.stage_loss_weights = tuple(stage_loss_weights)
 
-    def head_losses(self, maps: list[Tensor], sizes: Sizes, targets: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """`loss_rpn_objectness`, `loss_rpn_box`, and per stage `stage1_loss_classifier`, `_box_reg`, `_mask`."""
-        proposals, losses = self.rpn(maps, sizes, targets)
-        maps = pooled_maps(maps)
+    def second_losses(
+        self, maps: list[Tensor], proposals: list[Tensor], sizes: Sizes, targets: list[dict[str, Any]]
+    ) -> dict[str, Tensor]:
+        """`stage1_loss_classifier`, `stage1_loss_box_reg`, `stage1_loss_mask`, and the same of further stages."""
+        losses: dict[str, Tensor] = {}
         by_stage, drawn = self.box.loss(maps, proposals, targets, sizes)
         for stage, (weight, found, samples) in enumerate(zip(self.stage_loss_weights, by_stage, drawn, strict=True)):
             found = {**found, **self.mask.loss(maps, samples, targets, stage)}
             losses |= {f"stage{stage + 1}_{name}": weight * value for name, value in found.items()}
         return losses
 
-    def head_detections(self, maps: list[Tensor], sizes: Sizes) -> Found:
-        """Boxes in input pixels, and their masks."""
-        proposals, _ = self.rpn(maps, sizes)
-        maps = pooled_maps(maps)
+    def second_detections(self, maps: list[Tensor], proposals: list[Tensor], sizes: Sizes) -> Found:
+        """See `TwoStage`."""
         found = self.box.detect(maps, proposals, sizes)
         return found, self.mask.detect(maps, found)
-
-    def paste(self, masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-        """See `Detector`."""
-        return self.mask.paste(masks, boxes, size)
 
 
 @MODELS.register_module()
@@ -181,6 +213,6 @@ class RetinaNet(Detector):
         return self.head.detect(maps, sizes), None
 
 
-def pooled_maps(maps: Sequence[Tensor]) -> list[Tensor]:
+def _pooled(maps: Sequence[Tensor]) -> list[Tensor]:
     """The levels that boxes and masks are pooled from, in float32 once for both."""
     return [m.float() for m in maps[:-1]]

@@ -44,7 +44,7 @@ class AspectBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         waiting: tuple[list[int], list[int]] = ([], [])
         for index in self.sampler:
-            group = waiting[self._tall[index]]
+            group = waiting[int(self._tall[index])]
             group.append(index)
             if len(group) == self.batch_size:
                 yield group.copy()

@@ -7,6 +7,7 @@ albumentations' transforms can be added to each. Every draw comes from torch's g
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from vizoo.train.geometry import fit, integer, uniform
-from vizoo.train.transforms import prepare_worker, seeded_pipeline
+from vizoo.train.transforms import Seeded, prepare_worker, seeded_pipeline
 
 from .samples import Array, Sample, crop, fit_boxes, flip, pad, resize, select, tidy
 
@@ -38,8 +39,7 @@ class DetectionTransform:
         if not 0 <= hflip <= 1:
             raise ValueError(f"hflip must lie in [0, 1], got {hflip}")
         self.hflip = hflip
-        boxes = {"format": "pascal_voc", "label_fields": ["places"], "clip": True, "filter_invalid_bboxes": True}
-        self.extra = seeded_pipeline(extra, bbox_params=boxes) if extra else None
+        self.extra = _pipeline_with_boxes(extra) if extra else None
 
     def __call__(self, sample: Sample) -> Sample:
         """Transform one image with its objects."""
@@ -247,6 +247,14 @@ class CopyPaste:
             assert found.masks is not None
             found.boxes[cut] = fit_boxes(found.masks[cut])
         return found
+
+
+def _pipeline_with_boxes(transforms: Sequence[Any]) -> Seeded:
+    boxes = {"format": "pascal_voc", "label_fields": ["places"], "clip": True, "filter_invalid_bboxes": True}
+    with warnings.catch_warnings():
+        # Transforms of colours alone leave boxes as they are, which albumentations finds worth a warning.
+        warnings.filterwarnings("ignore", "Got processor for bboxes", UserWarning)
+        return seeded_pipeline(transforms, bbox_params=boxes)
 
 
 def _sides(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
