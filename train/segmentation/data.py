@@ -162,7 +162,7 @@ class SegmentationFolder(Dataset[Item]):
             "original_size": size,
             "path": str(self.path(index)),
         }
-        pixels = np.ascontiguousarray(sample.image.transpose(2, 0, 1))
+        pixels = sample.image.transpose(2, 0, 1).copy()
         return {"image": torch.from_numpy(pixels), "target": target}
 
 
