@@ -22,6 +22,7 @@ COPIES = HERE.parent / "parity_dense"
 SHARED = HERE.parents[2] / "shared" / "parity_dense"
 
 Batch = dict[str, Any]
+COLOURS = torch.tensor([[0, 0, 0], [180, 0, 0], [0, 180, 0], [0, 0, 180], [180, 180, 0]])
 
 
 @pytest.fixture(scope="session")
@@ -66,9 +67,8 @@ def batch() -> Batch:
         label = torch.zeros(64, 64, dtype=torch.uint8)
         top, left = 4 * i, 8 + 4 * i
         label[top : top + 32, left : left + 24] = i + 1
-        image = (torch.randint(0, 60, (3, 64, 64)) + 40 * label).to(torch.uint8)
+        images.append((torch.randint(0, 60, (3, 64, 64)) + COLOURS[label.long()].movedim(2, 0)).to(torch.uint8))
         label[-4:] = 255
-        images.append(image)
         targets.append({"map": label, "original_size": (64, 64), "path": f"{i}.png"})
     return {"images": images, "targets": targets}
 

@@ -34,9 +34,13 @@ def load_segmenter_checkpoint(model: Segmenter, source: Source) -> LoadReport:
     own = {root: module for root in PARTS if (module := getattr(model, root)) is not None}
     dropped = [root for root in parts if root == "auxiliary_head" and root not in own]
     _require_parts({*parts} - {*dropped}, {"backbone", *own}, title)
-    reports = {"backbone": load_backbone(model.backbone, parts["backbone"])}
-    for root, module in own.items():
-        reports[root] = load_part(module, parts[root], prefix=root, classifiers=("conv_seg",))
+    reports = {
+        root: load_part(module, parts[root], prefix=f"{root} of {title}", classifiers=("conv_seg",))
+        for root, module in own.items()
+    }
+    reports["backbone"] = load_backbone(model.backbone, parts["backbone"])
+    if reports["backbone"].fresh:  # a classifier's checkpoint may lack them, a segmenter's may not
+        raise CheckpointMismatch(f"{title} lacks parts of the backbone: {', '.join(reports['backbone'].fresh)}")
     return merge_reports(title, reports, dropped)
 
 
