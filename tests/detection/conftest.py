@@ -26,12 +26,12 @@ Batch = dict[str, Any]
 # Small objects in small images, narrow heads, few classes.
 CLASSES = 3
 RPN = {"anchor_scale": 4.0, "train_per_level": 200, "train_kept": 200, "test_kept": 100}
-BOX = {"hidden": (64, 64)}
+BOX = {"hidden": (64, 64), "samples": 128}
 MASK = {"hidden": (32, 32)}
 ARGUMENTS: dict[type[Detector], dict[str, Any]] = {
     FasterRCNN: {"rpn": RPN, "box": BOX},
     MaskRCNN: {"rpn": RPN, "box": BOX, "mask": MASK},
-    CascadeMaskRCNN: {"rpn": RPN, "box": {"hidden": (64,), "convs": (32, 32)}, "mask": MASK},
+    CascadeMaskRCNN: {"rpn": RPN, "box": {"hidden": (64,), "convs": (32, 32), "samples": 128}, "mask": MASK},
     RetinaNet: {"head": {"anchor_scale": 3.0}},
 }
 
