@@ -95,7 +95,7 @@ def test_official_outputs(
 def test_neck_and_head_of_semantic_fpn_take_the_official_tensors(
     parity: ModuleType, dense_fixture: Callable[[str], dict[str, Any]]
 ) -> None:
-    """As long as the zoo lacks the backbone, its goldens cannot be computed; names, shapes and values can be held."""
+    """Through a whole model; the zoo's own backbone of that fixture is still to come."""
     fixture = dense_fixture("semantic_fpn")
     state = {k: v for k, v in parity.fill_state_dict(fixture).items() if not k.startswith("backbone.")}
     model = Segmenter(
