@@ -9,7 +9,8 @@ The models compute what mmdetection 2.11 and 3.3 compute, on torchvision's parts
 5. `roi_heads`, on `heads`, `pooling`, `sampling` and `masks`: the second stage, and `cascade`: three of them;
 6. `retinanet`: the single stage;
 7. `boxes`: deltas, assignment, suppression, used by all of them;
-8. `convert`, on `layouts`: official checkpoints.
+8. `convert`, on `layouts`: official checkpoints;
+9. `data`, `transforms`, `sampler` and `metrics`: COCO's images and annotations in, its figures out.
 
 Boxes are x1, y1, x2, y2 in pixels, labels run from 0, and background, where there is one, is the last class. Where
 torchvision computes something else than the official code, an argument says so and has the official value by default.
