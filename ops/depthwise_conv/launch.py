@@ -1,0 +1,116 @@
+"""Allocates what the depthwise convolution kernels write and launches them. Imports triton."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vizoo.ops import gpu
+from vizoo.ops.registration import launchable
+
+from . import kernels, tiles
+from .function import register_flops
+
+register_flops()
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
+    """The convolved map."""
+    return _convolved(x.contiguous(), _table(weight), bias, weight.shape[-1], residual, flip=False)
+
+
+def backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: bool,
+    x_gradient: bool,
+    parameter_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; empty where not asked for.
+
+    One kernel makes all of them for 3 x 3 filters. Elsewhere that of x is a convolution, too.
+    """
+    x, grad_out, kernel = x.contiguous(), grad_out.contiguous(), weight.shape[-1]
+    none = weight.new_empty(0), weight.new_empty(0) if bias is None else bias.new_empty(0)
+    if not parameter_gradient:
+        return _convolved(grad_out, _table(weight), None, kernel, residual, flip=True), *none
+    if not x.numel():
+        return (
+            torch.empty_like(x) if x_gradient else x.new_empty(0),
+            torch.zeros_like(weight, memory_format=torch.contiguous_format),
+            none[1] if bias is None else torch.zeros_like(bias, memory_format=torch.contiguous_format),
+        )
+    if kernel == 3:
+        grad_x, parts = _both(grad_out, x, weight, residual, x_gradient)
+    else:
+        parts = _weight_parts(grad_out, x, kernel)
+        grad_x = x.new_empty(0)
+        if x_gradient:
+            grad_x = _convolved(grad_out, _table(weight), None, kernel, residual, flip=True)
+    numbers = weight.numel()
+    grad_weight = parts[:, :numbers].sum(0).to(weight.dtype).view(weight.shape)
+    return grad_x, grad_weight, none[1] if bias is None else parts[:, numbers:].sum(0).to(bias.dtype)
+
+
+def _table(weight: Tensor) -> Tensor:
+    """Weights with channels last, as the kernels load them: (k * k, C)."""
+    return weight.reshape(weight.shape[0], -1).t().contiguous()
+
+
+def _tiles(x: Tensor, tile: tiles.Tile) -> tuple[int, int]:
+    """In how many tiles of pixels and blocks of channels a map is cut."""
+    B, H, W, C = x.shape
+    return -(-(B * H) // tile.rows) * -(-W // tile.columns), -(-C // tile.channels)
+
+
+def _convolved(x: Tensor, table: Tensor, bias: Tensor | None, kernel: int, residual: bool, flip: bool) -> Tensor:
+    out = torch.empty_like(x)
+    if x.numel():
+        B, H, W, C = x.shape
+        tile = tiles.forward(C, x.element_size())
+        count, blocks = _tiles(x, tile)
+        with gpu.on(x.device):
+            launchable(kernels.forward)[(count * blocks,)](
+                x, table, None if bias is None else bias.contiguous(), out, B * H, H, W,
+                C=C, BLOCK_C=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns,
+                KERNEL=kernel, RESIDUAL=residual, FLIP=flip, num_warps=tile.warps,
+            )  # fmt: skip
+    return out
+
+
+def _both(grad_out: Tensor, x: Tensor, weight: Tensor, residual: bool, x_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Gradient of x (empty where not asked for), and programs' sums for weight and bias side by side.
+
+    Torch adds the sums up: one order, no atomics.
+    """
+    B, H, W, C = x.shape
+    tile = tiles.backward(C, x.element_size())
+    count, blocks = _tiles(x, tile)
+    programs = min(count, max(1, tile.per_sm * gpu.multiprocessors(x.device) // blocks))
+    grad_x = torch.empty_like(x) if x_gradient else x.new_empty(0)
+    parts = x.new_empty((programs, 10 * C), dtype=torch.float32)
+    with gpu.on(x.device):
+        launchable(kernels.backward)[(programs * blocks,)](
+            grad_out, x, _table(weight), grad_x, parts, B * H, H, W,
+            C=C, BLOCK_C=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns,
+            RESIDUAL=residual, X_GRADIENT=x_gradient, num_warps=tile.warps,
+        )  # fmt: skip
+    return grad_x, parts
+
+
+def _weight_parts(grad_out: Tensor, x: Tensor, kernel: int) -> Tensor:
+    """Programs' sums for weight and bias side by side."""
+    B, H, W, C = x.shape
+    tile = tiles.weight_gradient(C, x.element_size())
+    count, blocks = _tiles(x, tile)
+    each = blocks * kernel * -(-kernel // 3)  # programs that share tiles: three taps and a block of channels each
+    programs = min(count, max(1, tile.per_sm * gpu.multiprocessors(x.device) // each))
+    parts = x.new_empty((programs, (kernel * kernel + 1) * C), dtype=torch.float32)
+    with gpu.on(x.device):
+        launchable(kernels.weight_gradient)[(programs * each,)](
+            grad_out, x, parts, B * H, H, W,
+            C=C, BLOCK_C=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns, KERNEL=kernel, num_warps=tile.warps,
+        )  # fmt: skip
+    return parts
