@@ -6,7 +6,8 @@ dingmyu/davit at fc79470 (MIT), `timm/models/davit.py`; for dense tasks `mmdet/m
 What differs from the official code, and why:
 
 - One class serves classification and dense tasks.
-- Maps stay (B, H, W, C). A depthwise convolution takes such a map as a channels-last image, without a copy.
+- Maps stay (B, H, W, C), the layout of the shared operators. Under autocast the depthwise convolutions read the map as
+  it is and sum in float32; the official code rounds map and sum to half precision.
 - The logits of channel attention are sums over all positions of an image, so they and their softmax stay in float32
   under autocast; the official code rounds them to half precision.
 """
@@ -21,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from vizoo.ops import channel_attention, window_attention
+from vizoo.ops import channel_attention, depthwise_conv, window_attention
 from vizoo.weights.record import Weights
 
 from .base import (
@@ -37,7 +38,7 @@ from .base import (
     init_linear,
     make_classifier,
 )
-from .layers import DropPath, LayerNorm, Mlp, pad_to_multiple
+from .layers import DropPath, LayerNorm, Mlp, is_plain, pad_to_multiple
 
 STRIDE = 4
 """Stride of the stem; every further stage halves the map."""
@@ -102,6 +103,8 @@ class PositionEncoding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
+        if is_plain(self.proj):
+            return depthwise_conv(x, self.proj.weight, self.proj.bias, residual=True)
         return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 

@@ -83,8 +83,8 @@ class Mlp(nn.Module):
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a linear layer is just that, so that nobody notices if it is not called: no adapter, no hook on it."""
-    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+    """Whether nobody notices if torch's own layer is not called, only its parameters used: no adapter, no hook on it."""
+    return type(layer) in (nn.Linear, nn.Conv2d) and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -34,10 +34,10 @@ def _finish(total, weights, result, offset, real, scale, D: tl.constexpr, GRADIE
     """Writes rows of the weights; or of the logits' gradient, where the sums are the gradient of the weights."""
     if GRADIENT:
         weight = tl.load(weights + offset, mask=real, other=0.0)
-        value = scale * weight * (total - tl.sum(weight * total, 1)[:, None])
+        value = tl.cast(scale, tl.float32) * weight * (total - tl.sum(weight * total, 1)[:, None])
     else:
         inside = tl.arange(0, total.shape[1]) < D
-        logits = tl.where(inside[None, :], total * scale, float("-inf"))
+        logits = tl.where(inside[None, :], total * tl.cast(scale, tl.float32), float("-inf"))
         value = tl.exp(logits - tl.max(logits, 1)[:, None])
         value = value / tl.sum(value, 1)[:, None]
     tl.store(result + offset, value, mask=real)

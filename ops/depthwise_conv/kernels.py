@@ -33,7 +33,7 @@ def _at(pointer, offset, y, x, down, right, H, W, channel, C: tl.constexpr):
     real = (y + down >= 0) & (y + down < H) & (x + right >= 0) & (x + right < W)
     real = real[:, None] & (channel < C)[None, :]
     pointer += (down * W + right) * C  # the same for all pixels: places among them are computed once for all taps
-    return tl.load(pointer + offset[:, None] + channel[None, :], mask=real, other=0.0).to(tl.float32)
+    return tl.load(pointer + (offset[:, None] + channel[None, :]), mask=real, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ def _normal(x, offset, real, eps, C: tl.constexpr):
     x = tl.load(x + offset, mask=real, other=0.0).to(tl.float32)
     mean = tl.sum(x, 1) / C
     x = tl.where(real, x - mean[:, None], 0.0)
-    inverse = tl.rsqrt(tl.sum(x * x, 1) / C + eps)
+    inverse = tl.rsqrt(tl.sum(x * x, 1) / C + tl.cast(eps, tl.float32))
     return x * inverse[:, None], inverse
 
 

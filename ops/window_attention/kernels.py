@@ -6,6 +6,7 @@ window; D channels of a head. `down` and `across` count the windows of a map.
 A position `t` of a window stands at row t // WW, column t % WW of it. `_pixel` takes it to the map: windows start at
 the shift and wrap around at the padded size. Positions beyond H or W are keys and values read from `padding`, and
 queries that nobody asked for. Logits are kept in base 2, for exp2 is what the hardware has.
+A number that is no constant is made float32 first: compilers pass it in float64, which would spread.
 
 Two families of kernels: `whole_*` hold all logits of a window in one tile, loop over windows, and keep the tile of the
 bias and of its gradient in registers; `tiled_*` walk over tiles of keys with a running maximum, for larger windows.
@@ -218,7 +219,7 @@ def whole_forward(
     ROWS: tl.constexpr = 1 if SH > 0 else 0
     COLS: tl.constexpr = 1 if SW > 0 else 0
     t = tl.arange(0, BLOCK)
-    factor = scale * LOG2E
+    factor = tl.cast(scale, tl.float32) * LOG2E
     if COSINE:
         factor = tl.load(cosine_scale + head).to(tl.float32) * LOG2E
     bottom, right, first, windows, step = _class_share(tl.program_id(1), rounds, images, down, across, ROWS, COLS)
@@ -285,7 +286,7 @@ def whole_backward(
     ROWS: tl.constexpr = 1 if SH > 0 else 0
     COLS: tl.constexpr = 1 if SW > 0 else 0
     t = tl.arange(0, BLOCK)
-    natural = scale
+    natural = tl.cast(scale, tl.float32)
     if COSINE:
         natural = tl.load(cosine_scale + head).to(tl.float32)
     bias_sum = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -386,7 +387,7 @@ def tiled_forward(
     N: tl.constexpr = WH * WW
     EXACT: tl.constexpr = (N % BLOCK_M == 0) and (N % BLOCK_N == 0)
     tq = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    factor = scale * LOG2E
+    factor = tl.cast(scale, tl.float32) * LOG2E
     if COSINE:
         factor = tl.load(cosine_scale + head).to(tl.float32) * LOG2E
     image, wy, wx = _split(window, down, across)
@@ -490,7 +491,7 @@ def tiled_backward_queries(
     N: tl.constexpr = WH * WW
     EXACT: tl.constexpr = (N % BLOCK_M == 0) and (N % BLOCK_N == 0)
     tq = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    natural = scale
+    natural = tl.cast(scale, tl.float32)
     if COSINE:
         natural = tl.load(cosine_scale + head).to(tl.float32)
     image, wy, wx = _split(window, down, across)
@@ -576,7 +577,7 @@ def tiled_backward_keys(
     N: tl.constexpr = WH * WW
     EXACT: tl.constexpr = (N % BLOCK_M == 0) and (N % BLOCK_N == 0)
     tk = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    natural = scale
+    natural = tl.cast(scale, tl.float32)
     if COSINE:
         natural = tl.load(cosine_scale + head).to(tl.float32)
     image, wy, wx = _split(window, down, across)
@@ -667,7 +668,7 @@ def tiled_backward_bias(
     tq = tile // TILES * BLOCK_M + tl.arange(0, BLOCK_M)
     tk = tile % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     shared = _bias_tile(bias, head, tq, tk, N, EXACT, True)
-    natural = scale
+    natural = tl.cast(scale, tl.float32)
     if COSINE:
         natural = tl.load(cosine_scale + head).to(tl.float32)
     bias_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
