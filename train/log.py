@@ -103,7 +103,7 @@ class RunLog(Hook):
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Keep the loss; close the window when it is full."""
         self._losses.append(outputs["loss"].detach())
-        self._images += len(data_batch["inputs"]) * get_world_size()
+        self._images += len(data_batch.get("inputs", data_batch.get("images", ()))) * get_world_size()
         ends = batch_idx + 1 == len(runner.train_dataloader)
         if ends or (runner.iter + 1) % self.interval == 0:
             self._close_window(runner)

@@ -84,11 +84,12 @@ class EpochLoop(EpochBasedTrainLoop):
         """Raise where the sets have other classes than each other or than the model."""
         mine = _classes(self.dataloader.dataset)
         model = getattr(self.runner.model, "module", self.runner.model)
-        outputs = getattr(getattr(model, "backbone", None), "num_classes", None)
+        # A classifier's classes are its backbone's; the backbone of a detector or segmenter has none.
+        owner = "model" if hasattr(model, "num_classes") else "model.backbone"
+        outputs = getattr(model if owner == "model" else getattr(model, "backbone", None), "num_classes", None)
         if mine is not None and outputs is not None and len(mine) != outputs:
             raise ValueError(
-                f"the training set has {len(mine)} classes, the model {outputs}: "
-                f"set model.backbone.num_classes={len(mine)}"
+                f"the training set has {len(mine)} classes, the model {outputs}: set {owner}.num_classes={len(mine)}"
             )
         theirs = _classes(self.runner.val_dataloader.dataset) if self.runner.val_loop is not None else None
         if mine is not None and theirs is not None and mine != theirs:
