@@ -218,6 +218,12 @@ def test_learns_in_bfloat16(name: str, make: Make, batch: Batch) -> None:
         assert model.eval()(**batch, mode="predict")[0]["label_map"].shape == (64, 64)
 
 
+def test_weights_of_the_heads_lie_as_the_maps_do(make: Make) -> None:
+    for name, parameter in make(**MODELS_BY_NAME["semantic_fpn"]).named_parameters():
+        if parameter.ndim == 4 and not name.startswith("backbone."):
+            assert parameter.is_contiguous(memory_format=torch.channels_last), name
+
+
 def test_joined_batch_norms_keep_their_names(make: Make, batch: Batch) -> None:
     """The Runner's `sync_bn` converts the model of a distributed run, a single process converts it back."""
     model = make(**MODELS_BY_NAME["upernet"])

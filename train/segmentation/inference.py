@@ -5,6 +5,7 @@ A mode is a small frozen object that the `Segmenter` is given; in a config it is
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,12 +20,12 @@ Forward = Callable[[Tensor], Tensor]
 """Normalised images (B, 3, H, W) to logits of any stride (B, classes, h, w)."""
 
 
-class Inference:
+class Inference(ABC):
     """A way to read images: subclasses give logits at the size of the image that the network saw."""
 
+    @abstractmethod
     def at_input_size(self, forward: Forward, x: Tensor) -> Tensor:
         """Logits (B, classes, H, W) of normalised images (B, 3, H, W)."""
-        raise NotImplementedError(f"{type(self).__name__} must implement at_input_size()")
 
     def __call__(self, forward: Forward, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Scores (B, classes, *size), the largest of which is the prediction.

@@ -82,6 +82,9 @@ class Segmenter(BaseModel):
         self.auxiliary_head = (
             None if auxiliary_head is None else build_head("auxiliary_head", auxiliary_head, widths, num_classes)
         )
+        # Maps lie in memory with their channels together; weights that lie so are not copied in every step.
+        for part in filter(None, (self.neck, self.decode_head, self.auxiliary_head)):
+            part.to(memory_format=torch.channels_last)
         self.num_classes = num_classes
         self.auxiliary_weight = auxiliary_weight
         self.ignore_index, self.ignore_in_mean = ignore_index, ignore_in_mean
