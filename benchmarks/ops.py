@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-from vizoo.ops import channel_attention, layer_norm, window_attention
+from vizoo.ops import channel_attention, depthwise_conv, layer_norm, window_attention
 
 Pair = tuple[int, int]
 
@@ -78,6 +78,17 @@ CHANNELS = {
     "davit_tiny stage 1, 800x1333": (2, 200 * 334, 3, 3, 32),
 }
 """Inputs of channel attention: where they stand in a model, and their sizes."""
+
+MAPS = {
+    **{
+        f"davit_tiny stage {stage}, {name}": ((128, side, side, channels), dtype, 3)
+        for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32))
+        for stage, side, channels in ((1, 56, 96), (2, 28, 192), (3, 14, 384), (4, 7, 768))
+    },
+    "davit_tiny stage 1, 800x1333": ((2, 200, 334, 96), torch.bfloat16, 3),
+    "biformer_tiny stage 1": ((128, 56, 56, 64), torch.bfloat16, 5),
+}
+"""Inputs of depthwise convolution: where they stand in a model, their sizes and dtype, and the side of the filters."""
 
 
 def eager_sdpa(
@@ -300,6 +311,43 @@ def measure_channel_attention(bandwidth: float, first: int | None, eager: bool) 
     return rows
 
 
+def measure_depthwise_conv(bandwidth: float, first: int | None, eager: bool) -> list[dict[str, Any]]:
+    """A conditional position encoding: the map and its convolution, under autocast with parameters in float32."""
+
+    def ours(tensors: dict[str, Tensor]) -> Tensor:
+        return depthwise_conv(**tensors, residual=True, implementation="triton")
+
+    def plain(tensors: dict[str, Tensor]) -> Tensor:
+        x, weight, bias = tensors["x"].permute(0, 3, 1, 2), tensors["weight"], tensors["bias"]
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        out = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+        return (x + out).permute(0, 2, 3, 1)
+
+    rows = []
+    for name, (shape, dtype, kernel) in list(MAPS.items())[:first]:
+        tensors = {
+            "x": torch.randn(shape, device="cuda", dtype=dtype),
+            "weight": torch.randn(shape[-1], 1, kernel, kernel, device="cuda") / kernel,
+            "bias": torch.randn(shape[-1], device="cuda"),
+        }
+        tensors = {key: tensor.requires_grad_() for key, tensor in tensors.items()}
+        check(ours(tensors).float(), plain(tensors).float())
+        part = tensors["x"].nbytes
+        ways = {"vizoo": ours, "torch eager": plain, "torch compiled": torch.compile(plain, dynamic=False)}
+        for way, function in chosen(ways, eager).items():
+            figures = measure(function, tensors)
+            shares = {
+                "forward_share": 2 * part / bandwidth / figures["forward_device_ms"] * 1e3,
+                # Backward reads x and the incoming gradient, and writes that of x.
+                "both_share": (2 + 3) * part / bandwidth / figures["both_device_ms"] * 1e3,
+            }
+            row = {"op": "depthwise_conv", "name": name, "shape": shape, "kernel": kernel, "implementation": way}
+            rows.append({**row, "dtype": str(dtype).removeprefix("torch."), **figures, **shares})
+            print(line(rows[-1]), flush=True)
+        torch.compiler.reset()
+    return rows
+
+
 Ways = dict[str, Callable[[dict[str, Tensor]], Tensor]]
 
 
@@ -335,6 +383,7 @@ def environment() -> dict[str, Any]:
 
 OPERATORS = {
     "channel_attention": measure_channel_attention,
+    "depthwise_conv": measure_depthwise_conv,
     "layer_norm": measure_layer_norm,
     "window_attention": measure_window_attention,
 }
