@@ -13,6 +13,7 @@ from torch import Tensor
 
 import vizoo
 from vizoo.train.detection import CascadeMaskRCNN, Detector, FasterRCNN, MaskRCNN, RetinaNet
+from vizoo.train.optim import AutocastOptimWrapper
 
 Batch = dict[str, Any]
 Make = Callable[..., Detector]
@@ -195,6 +196,18 @@ def test_mmengine_builds_them_by_name(tiny: dict[str, Any], batch: Batch) -> Non
     assert isinstance(model, CascadeMaskRCNN)
     data = model.data_preprocessor(batch, True)
     assert set(model(**data, mode="loss")) == KEYS[CascadeMaskRCNN]
+
+
+@every
+def test_a_step_of_mmengine(kind: type[Detector], make: Make, batch: Batch) -> None:
+    model = make(kind).train()
+    before = model.neck.inner_blocks[0][0].weight.clone()
+    wrapper = AutocastOptimWrapper("bfloat16", optimizer=torch.optim.SGD(model.parameters(), 0.1))
+    log = model.train_step(batch, wrapper)
+    assert set(log) == {"loss", *KEYS[kind]}
+    torch.testing.assert_close(log["loss"], total({key: log[key] for key in KEYS[kind]}))
+    assert not torch.equal(before, model.neck.inner_blocks[0][0].weight)
+    assert len(model.eval().val_step(batch)) == 2
 
 
 def test_eval_is_deterministic_and_keeps_the_model(make: Make, batch: Batch) -> None:

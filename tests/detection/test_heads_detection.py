@@ -277,14 +277,15 @@ def test_mask_targets() -> None:
     assert mask_targets(masks, torch.zeros(0, dtype=torch.int64), boxes[:0], 28).shape == (0, 28, 28)
 
 
-def test_mask_loss_is_the_mean_over_positive_boxes_of_their_class() -> None:
-    branch = MaskBranch(8, STRIDES, 3, hidden=(8, 8))
+@pytest.mark.parametrize(("threshold", "columns"), [(0.5, 13), (0.95, 12)])
+def test_mask_loss_is_the_mean_over_positive_boxes_of_their_class(threshold: float, columns: int) -> None:
+    branch = MaskBranch(8, STRIDES, 3, hidden=(8, 8), target_threshold=threshold)
     samples = RoISampler(3, count=ALL)(torch.tensor([[0.0, 40, 30, 60]]), target((4, 4, 30, 40), labels=(1,)))
     masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
-    masks[0, 4:40, 4:17] = 1
+    masks[0, :60, :16] = 1  # 12 of the box's 26 columns; the centre of the 13th of 28 cells is covered to 0.89
     maps = pyramid(1)[:4]
     loss = branch.loss(maps, [samples], [{"masks": masks}])["loss_mask"]
     logits = branch.heads[0](branch.pooler(maps, [samples.boxes[:1]]))[0, 1]
     wanted = torch.zeros(28, 28)
-    wanted[:, :14] = 1
+    wanted[:, :columns] = 1
     torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(logits, wanted))
