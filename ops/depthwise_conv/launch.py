@@ -45,7 +45,7 @@ def backward(
     if kernel == 3:
         grad_x, parts = _both(grad_out, x, weight, residual, x_gradient)
     else:
-        parts = _weight_parts(grad_out, x, kernel)
+        parts = _weight_parts(grad_out, x, weight.shape[0], kernel)
         grad_x = x.new_empty(0)
         if x_gradient:
             grad_x = _convolved(grad_out, _table(weight), None, kernel, residual, flip=True)
@@ -59,18 +59,18 @@ def _table(weight: Tensor) -> Tensor:
     return weight.reshape(weight.shape[0], -1).t().contiguous()
 
 
-def _tiles(x: Tensor, tile: tiles.Tile) -> tuple[int, int]:
-    """In how many tiles of pixels and blocks of channels a map is cut."""
-    B, H, W, C = x.shape
-    return -(-(B * H) // tile.rows) * -(-W // tile.columns), -(-C // tile.channels)
+def _tiles(x: Tensor, tile: tiles.Tile) -> int:
+    """In how many tiles of pixels a map is cut."""
+    B, H, W, _ = x.shape
+    return -(-(B * H) // tile.rows) * -(-W // tile.columns)
 
 
 def _convolved(x: Tensor, table: Tensor, bias: Tensor | None, kernel: int, residual: bool, flip: bool) -> Tensor:
     out = torch.empty_like(x)
     if x.numel():
-        B, H, W, C = x.shape
+        (B, H, W, _), C = x.shape, table.shape[1]  # of the table: there it is a number even to compilers
         tile = tiles.forward(C, x.element_size())
-        count, blocks = _tiles(x, tile)
+        count, blocks = _tiles(x, tile), -(-C // tile.channels)
         with gpu.on(x.device):
             launchable(kernels.forward)[(count * blocks,)](
                 x, table, None if bias is None else bias.contiguous(), out, B * H, H, W,
@@ -85,9 +85,9 @@ def _both(grad_out: Tensor, x: Tensor, weight: Tensor, residual: bool, x_gradien
 
     Torch adds the sums up: one order, no atomics.
     """
-    B, H, W, C = x.shape
+    (B, H, W, _), C = x.shape, weight.shape[0]
     tile = tiles.backward(C, x.element_size())
-    count, blocks = _tiles(x, tile)
+    count, blocks = _tiles(x, tile), -(-C // tile.channels)
     programs = min(count, max(1, tile.per_sm * gpu.multiprocessors(x.device) // blocks))
     grad_x = torch.empty_like(x) if x_gradient else x.new_empty(0)
     parts = x.new_empty((programs, 10 * C), dtype=torch.float32)
@@ -100,12 +100,14 @@ def _both(grad_out: Tensor, x: Tensor, weight: Tensor, residual: bool, x_gradien
     return grad_x, parts
 
 
-def _weight_parts(grad_out: Tensor, x: Tensor, kernel: int) -> Tensor:
+def _weight_parts(grad_out: Tensor, x: Tensor, C: int, kernel: int) -> Tensor:
     """Programs' sums for weight and bias side by side."""
-    B, H, W, C = x.shape
+    B, H, W, _ = x.shape
     tile = tiles.weight_gradient(C, x.element_size())
-    count, blocks = _tiles(x, tile)
-    each = blocks * kernel * -(-kernel // 3)  # programs that share tiles: three taps and a block of channels each
+    count = _tiles(x, tile)
+    each = (
+        -(-C // tile.channels) * kernel * -(-kernel // 3)
+    )  # programs that share tiles: three taps and a block of channels each
     programs = min(count, max(1, tile.per_sm * gpu.multiprocessors(x.device) // each))
     parts = x.new_empty((programs, (kernel * kernel + 1) * C), dtype=torch.float32)
     with gpu.on(x.device):
