@@ -105,9 +105,8 @@ def _weight_parts(grad_out: Tensor, x: Tensor, C: int, kernel: int) -> Tensor:
     B, H, W, _ = x.shape
     tile = tiles.weight_gradient(C, x.element_size())
     count = _tiles(x, tile)
-    each = (
-        -(-C // tile.channels) * kernel * -(-kernel // 3)
-    )  # programs that share tiles: three taps and a block of channels each
+    # Programs that share tiles have three taps and a block of channels each.
+    each = -(-C // tile.channels) * kernel * -(-kernel // 3)
     programs = min(count, max(1, tile.per_sm * gpu.multiprocessors(x.device) // each))
     parts = x.new_empty((programs, (kernel * kernel + 1) * C), dtype=torch.float32)
     with gpu.on(x.device):
