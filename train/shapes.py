@@ -41,9 +41,24 @@ TYPICAL_HUE, HUE_SPREAD = 0.85, 0.03
 As with real things, the colour says much about the class and the shape says all: a model learns in minutes.
 """
 
+COLOUR_LEFT, TINTED = 0.5, 0.7
+"""Share of its colour that a background keeps, and share of the tint in an object's texture."""
+
 CROWD_SHARE = 0.04
 _PHOTOS = {
-    "train": ("astronaut", "coffee", "rocket", "gravel", "hubble_deep_field", "stereo_motorcycle", "china.jpg"),
+    "train": (
+        "astronaut",
+        "coffee",
+        "rocket",
+        "gravel",
+        "grass",
+        "coins",
+        "moon",
+        "cell",
+        "hubble_deep_field",
+        "stereo_motorcycle",
+        "china.jpg",
+    ),
     "val": ("chelsea", "brick", "retina", "immunohistochemistry", "flower.jpg"),
 }
 _PHOTO_SIDE = 420
@@ -102,7 +117,7 @@ def make_scene(index: int, *, size: int = 160, seed: int = 0, split: str = "trai
     short = size * 3 // 4
     height, width = [(size, size), (short, size), (size, short)][rng.integers(3)]
     photos = _photos(split)
-    image = _cut(photos[rng.integers(len(photos))], height, width, rng)
+    image = _paled(_cut(photos[rng.integers(len(photos))], height, width, rng))
     shapes = _place(height, width, rng)
     for shape in shapes:
         texture = _texture(photos[rng.integers(len(photos))], image, shape, rng)
@@ -275,6 +290,13 @@ def _cut(photo: Array, height: int, width: int, rng: np.random.Generator) -> Arr
     return resized
 
 
+def _paled(image: Array) -> Array:
+    """A background with half of its colour, so that what lies on it stands out."""
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None].astype(np.float32)
+    paled: Array = (gray + COLOUR_LEFT * (image - gray)).astype(np.uint8)
+    return paled
+
+
 def _texture(photo: Array, image: Array, shape: _Shape, rng: np.random.Generator) -> Array:
     """A piece of a photograph in a tint that stands out from what `shape` will hide."""
     below = image[shape.mask > 0].mean(0)
@@ -282,7 +304,7 @@ def _texture(photo: Array, image: Array, shape: _Shape, rng: np.random.Generator
     tint = tints[np.abs(tints - below).sum(1).argmax()]
     height, width = shape.mask.shape
     piece = _cut(photo, height, width, rng).astype(np.float32)
-    blended: Array = np.clip(0.35 * piece + 0.65 * tint, 0, 255).astype(np.uint8)
+    blended: Array = np.clip((1 - TINTED) * piece + TINTED * tint, 0, 255).astype(np.uint8)
     return blended
 
 
