@@ -41,14 +41,13 @@ TYPICAL_HUE, HUE_SPREAD = 0.85, 0.03
 As with real things, the colour says much about the class and the shape says all: a model learns in minutes.
 """
 
-COLOUR_LEFT, TINTED = 0.5, 0.7
+COLOUR_LEFT, TINTED = 0.3, 0.7
 """Share of its colour that a background keeps, and share of the tint in an object's texture."""
 
 CROWD_SHARE = 0.04
 _PHOTOS = {
     "train": (
         "astronaut",
-        "coffee",
         "rocket",
         "gravel",
         "grass",
@@ -58,8 +57,9 @@ _PHOTOS = {
         "hubble_deep_field",
         "stereo_motorcycle",
         "china.jpg",
+        "flower.jpg",
     ),
-    "val": ("chelsea", "brick", "retina", "immunohistochemistry", "flower.jpg"),
+    "val": ("chelsea", "brick", "retina", "immunohistochemistry", "coffee"),
 }
 _PHOTO_SIDE = 420
 
@@ -291,7 +291,7 @@ def _cut(photo: Array, height: int, width: int, rng: np.random.Generator) -> Arr
 
 
 def _paled(image: Array) -> Array:
-    """A background with half of its colour, so that what lies on it stands out."""
+    """A background with little of its colour, so that what lies on it stands out."""
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None].astype(np.float32)
     paled: Array = (gray + COLOUR_LEFT * (image - gray)).astype(np.uint8)
     return paled
