@@ -180,10 +180,15 @@ def backward(
         largest = tl.max(tl.max(tl.abs(ds), 1), 0)
         largest = tl.where(largest > 0, largest, 1.0)
         ds = ds / largest
-    ds = ds.to(g.dtype)
     dq = tl.dot(g, weight, input_precision=PRECISION)
-    dk = tl.dot(v, tl.trans(ds), input_precision=PRECISION) * largest
-    dv = tl.dot(k, ds, input_precision=PRECISION) * largest
+    high = ds.to(g.dtype)
+    dk = tl.dot(v, tl.trans(high), input_precision=PRECISION)
+    dv = tl.dot(k, high, input_precision=PRECISION)
+    if g.dtype != tl.float32:  # the part that rounding lost: each number is a sum over all positions
+        low = (ds - high.to(tl.float32)).to(g.dtype)
+        dk = tl.dot(v, tl.trans(low), dk)
+        dv = tl.dot(k, low, dv)
+    dk, dv = dk * largest, dv * largest
     grad_qkv += base
     tl.store(grad_qkv + offset, dq.to(g.dtype), mask=real)
     tl.store(grad_qkv + C + offset, dk.to(g.dtype), mask=real)

@@ -43,7 +43,7 @@ def backward(grad_out: Tensor, qkv: Tensor, weights: Tensor, scale: float) -> Te
 def _summed(qkv: Tensor, grad_out: Tensor | None, weights: Tensor | None, scale: float) -> Tensor:
     """The weights; given them and the gradient of the output, the gradient of the logits before they are scaled."""
     B, N, _, groups, d = qkv.shape
-    pairs, tile = B * groups, tiles.products(d, qkv.element_size())
+    pairs, tile = B * groups, tiles.products(int(d), qkv.element_size())
     length = tiles.chunk(N, pairs, tile.rows, gpu.multiprocessors(qkv.device))
     chunks = -(-N // length)
     result = qkv.new_empty((B, groups, d, d), dtype=torch.float32)
@@ -63,7 +63,7 @@ def _summed(qkv: Tensor, grad_out: Tensor | None, weights: Tensor | None, scale:
 
 def _each_position(kernel: Any, qkv: Tensor, *tensors: Tensor) -> None:
     B, N, _, groups, d = qkv.shape
-    tile = tiles.positions(d, qkv.element_size())
+    tile = tiles.positions(int(d), qkv.element_size())
     count = -(-N // tile.rows)
     launchable(kernel)[(B * groups * count,)](*tensors, N, count, **_constants(qkv, tile))
 

@@ -1,7 +1,7 @@
 """Triton kernels of depthwise convolution. A program holds a tile of ROWS x COLUMNS pixels x BLOCK_C channels.
 
 The rows of all images are taken for those of one tall map, `rows` in number: tiles go over the borders of images, which
-only the place of a row in its image, H rows high, tells. `table` has the weights with channels last, (KERNEL ** 2, C).
+only the place of a row in its image, H rows high, tells.
 The taps of a pixel read the map where they fall: neighbours and taps share it through the caches.
 """
 
@@ -41,10 +41,25 @@ def _vector(pointer, channel, C: tl.constexpr):
     return tl.load(pointer + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
 
 
+@triton.jit
+def _filter(weight, tap, channel, C: tl.constexpr, TAPS: tl.constexpr):
+    """Weights of one tap, from (C, TAPS); few, and read again by all programs, so that the cache has them."""
+    return tl.load(weight + channel * TAPS + tap, mask=channel < C, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _row(weight, tap, channel, C: tl.constexpr):
+    return (
+        _filter(weight, tap, channel, C, 9),
+        _filter(weight, tap + 1, channel, C, 9),
+        _filter(weight, tap + 2, channel, C, 9),
+    )
+
+
 @triton.jit(do_not_specialize=["rows", "H", "W"])
 def forward(
     x,
-    table,
+    weight,
     bias,
     out,
     rows,
@@ -68,7 +83,7 @@ def forward(
     for tap in tl.static_range(TAPS):
         down, right = tap // KERNEL - KERNEL // 2, tap % KERNEL - KERNEL // 2
         value = _at(x + base, offset, y, column, down, right, H, W, channel, C)
-        total += value * _vector(table + (TAPS - 1 - tap if FLIP else tap) * C, channel, C)
+        total += value * _filter(weight, TAPS - 1 - tap if FLIP else tap, channel, C, TAPS)
         if RESIDUAL and tap == TAPS // 2:
             total += value
     if bias is not None:
@@ -100,7 +115,7 @@ def _part(parts, values, tap, channel, C: tl.constexpr, TAPS: tl.constexpr):
 def backward(
     grad_out,
     x,
-    table,
+    weight,
     grad_x,
     parts,
     rows,
@@ -117,11 +132,9 @@ def backward(
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     program, programs = tl.program_id(0) // BLOCKS, tl.num_programs(0) // BLOCKS
     channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-    w0, w1 = _vector(table, channel, C), _vector(table + C, channel, C)
-    w2, w3 = _vector(table + 2 * C, channel, C), _vector(table + 3 * C, channel, C)
-    w4, w5 = _vector(table + 4 * C, channel, C), _vector(table + 5 * C, channel, C)
-    w6, w7 = _vector(table + 6 * C, channel, C), _vector(table + 7 * C, channel, C)
-    w8 = _vector(table + 8 * C, channel, C)
+    w0, w1, w2 = _row(weight, 0, channel, C)
+    w3, w4, w5 = _row(weight, 3, channel, C)
+    w6, w7, w8 = _row(weight, 6, channel, C)
     none = tl.zeros((ROWS * COLUMNS, BLOCK_C), tl.float32)
     s0, s1, s2, s3, s4, s5, s6, s7, s8, by_bias = none, none, none, none, none, none, none, none, none, none
     for tile in range(program, tl.cdiv(rows, ROWS) * tl.cdiv(W, COLUMNS), programs):

@@ -16,7 +16,7 @@ register_flops()
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
     """The convolved map."""
-    return _convolved(x.contiguous(), _table(weight), bias, weight.shape[-1], residual, flip=False)
+    return _convolved(x.contiguous(), weight, bias, residual, flip=False)
 
 
 def backward(
@@ -35,7 +35,7 @@ def backward(
     x, grad_out, kernel = x.contiguous(), grad_out.contiguous(), weight.shape[-1]
     none = weight.new_empty(0), weight.new_empty(0) if bias is None else bias.new_empty(0)
     if not parameter_gradient:
-        return _convolved(grad_out, _table(weight), None, kernel, residual, flip=True), *none
+        return _convolved(grad_out, weight, None, residual, flip=True), *none
     if not x.numel():
         return (
             torch.empty_like(x) if x_gradient else x.new_empty(0),
@@ -48,15 +48,11 @@ def backward(
         parts = _weight_parts(grad_out, x, weight.shape[0], kernel)
         grad_x = x.new_empty(0)
         if x_gradient:
-            grad_x = _convolved(grad_out, _table(weight), None, kernel, residual, flip=True)
+            grad_x = _convolved(grad_out, weight, None, residual, flip=True)
     numbers = weight.numel()
-    grad_weight = parts[:, :numbers].sum(0).to(weight.dtype).view(weight.shape)
-    return grad_x, grad_weight, none[1] if bias is None else parts[:, numbers:].sum(0).to(bias.dtype)
-
-
-def _table(weight: Tensor) -> Tensor:
-    """Weights with channels last, as the kernels load them: (k * k, C)."""
-    return weight.reshape(weight.shape[0], -1).t().contiguous()
+    total = parts.sum(0)
+    grad_weight = total[:numbers].view(weight.shape).to(weight.dtype, copy=True)  # not a view of what bias shares
+    return grad_x, grad_weight, none[1] if bias is None else total[numbers:].to(bias.dtype, copy=True)
 
 
 def _tiles(x: Tensor, tile: tiles.Tile) -> int:
@@ -65,17 +61,18 @@ def _tiles(x: Tensor, tile: tiles.Tile) -> int:
     return -(-(B * H) // tile.rows) * -(-W // tile.columns)
 
 
-def _convolved(x: Tensor, table: Tensor, bias: Tensor | None, kernel: int, residual: bool, flip: bool) -> Tensor:
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, flip: bool) -> Tensor:
     out = torch.empty_like(x)
     if x.numel():
-        (B, H, W, _), C = x.shape, table.shape[1]  # of the table: there it is a number even to compilers
+        B, H, W, _ = x.shape
+        C = int(weight.shape[0])  # kernels are compiled for it, so a tracer has to settle on it
         tile = tiles.forward(C, x.element_size())
         count, blocks = _tiles(x, tile), -(-C // tile.channels)
         with gpu.on(x.device):
             launchable(kernels.forward)[(count * blocks,)](
-                x, table, None if bias is None else bias.contiguous(), out, B * H, H, W,
+                x, weight.contiguous(), None if bias is None else bias.contiguous(), out, B * H, H, W,
                 C=C, BLOCK_C=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns,
-                KERNEL=kernel, RESIDUAL=residual, FLIP=flip, num_warps=tile.warps,
+                KERNEL=int(weight.shape[-1]), RESIDUAL=residual, FLIP=flip, num_warps=tile.warps,
             )  # fmt: skip
     return out
 
@@ -85,7 +82,8 @@ def _both(grad_out: Tensor, x: Tensor, weight: Tensor, residual: bool, x_gradien
 
     Torch adds the sums up: one order, no atomics.
     """
-    (B, H, W, _), C = x.shape, weight.shape[0]
+    B, H, W, _ = x.shape
+    C = int(weight.shape[0])
     tile = tiles.backward(C, x.element_size())
     count, blocks = _tiles(x, tile), -(-C // tile.channels)
     programs = min(count, max(1, tile.per_sm * gpu.multiprocessors(x.device) // blocks))
@@ -93,7 +91,7 @@ def _both(grad_out: Tensor, x: Tensor, weight: Tensor, residual: bool, x_gradien
     parts = x.new_empty((programs, 10 * C), dtype=torch.float32)
     with gpu.on(x.device):
         launchable(kernels.backward)[(programs * blocks,)](
-            grad_out, x, _table(weight), grad_x, parts, B * H, H, W,
+            grad_out, x, weight.contiguous(), grad_x, parts, B * H, H, W,
             C=C, BLOCK_C=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns,
             RESIDUAL=residual, X_GRADIENT=x_gradient, num_warps=tile.warps,
         )  # fmt: skip

@@ -41,18 +41,15 @@ def pixels(count: int) -> tuple[int, int]:
 
 @lru_cache
 def forward(channels: int, itemsize: int) -> Tile:
-    """Tile of the kernel that convolves: 16 halves or 8 floats a thread, two loads for each tap."""
-    width = block(channels, itemsize)
-    return Tile(*pixels(4096 // itemsize // width), width, warps=4)
+    """Tile of the kernel that convolves: the fastest of a sweep on an H100 at the shapes of DaViT-T, batch 128."""
+    return Tile(4, 8, block(channels, itemsize), warps=2)
 
 
 @lru_cache
 def backward(channels: int, itemsize: int) -> Tile:
-    """Tile of the kernel of both gradients: 4 numbers a thread, for it holds ten sums of each."""
-    width = block(channels, itemsize)
-    if itemsize == 2:
-        return Tile(*pixels(1024 // width), width, warps=8, per_sm=2)
-    return Tile(*pixels(512 // width), width, warps=4, per_sm=4)
+    """Tile of the kernel of both gradients, from the same sweep: 4 numbers a thread, for it holds ten sums of each."""
+    del itemsize  # the same for both
+    return Tile(2, 4, min(64, max(16, 1 << (channels - 1).bit_length())), warps=4, per_sm=4)
 
 
 @lru_cache

@@ -15,7 +15,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dt
     """Rows normalised, scaled and moved, in `dtype`."""
     x = x.contiguous()
     out = torch.empty_like(x, dtype=dtype)
-    numbers, channels = x.numel(), x.shape[-1]
+    numbers, channels = x.numel(), int(x.shape[-1])
     if numbers:
         rows, tile = numbers // channels, tiles.forward(channels)
         with gpu.on(x.device):
@@ -44,7 +44,7 @@ def backward(
     if not x.numel():
         zeros = [torch.zeros_like(p) if parameter_gradient else p.new_empty(0) for p in (weight, bias)]
         return grad_x, zeros[0], zeros[1]
-    channels = x.shape[-1]
+    channels = int(x.shape[-1])
     rows, tile = x.numel() // channels, tiles.backward(channels)
     programs = min(-(-rows // tile.rows), tile.per_sm * gpu.multiprocessors(x.device))
     parts = x.new_empty((2, programs, channels) if parameter_gradient else 0, dtype=torch.float32)

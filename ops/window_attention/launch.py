@@ -33,15 +33,17 @@ class _Call:
         self.qkv, self.bias = qkv.contiguous(), _packed(bias)
         self.cosine_scale, self.padding = _packed(cosine_scale), _packed(padding)
         self.inputs = self.qkv, self.bias, self.cosine_scale, self.padding
-        self.images, H, W, _, self.heads, self.d = qkv.shape
+        # Kernels are compiled for these, so a tracer has to settle on them; the map may stay of any size.
+        self.window, self.shift = tuple(map(int, window)), tuple(map(int, shift))
+        self.images, H, W, _, *sizes = qkv.shape
+        self.heads, self.d = map(int, sizes)
         self.itemsize = qkv.element_size()
-        self.down, self.across = -(-H // window[0]), -(-W // window[1])
+        self.down, self.across = -(-H // self.window[0]), -(-W // self.window[1])
         self.windows = self.images * self.down * self.across
-        self.positions = window[0] * window[1]
-        self.padded = self.down * window[0] > H or self.across * window[1] > W
+        self.positions = self.window[0] * self.window[1]
+        self.padded = self.down * self.window[0] > H or self.across * self.window[1] > W
         self.is_whole = tiles.is_whole(self.positions, self.d, self.itemsize)
         self.sizes = scale, H, W, self.down, self.across
-        self.window, self.shift = window, shift
 
     def constants(self, tile: tiles.Tile) -> dict[str, Any]:
         return {
