@@ -25,7 +25,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
-from .hooks import just_updated
+from .hooks import average_buffers, just_updated
 
 POINTER = "last_checkpoint"
 BEST = "best.pth"
@@ -160,8 +160,9 @@ class Checkpoints(PlainCheckpoint):
     """Saves the run every so often, and the best one by a validation figure.
 
     Args:
-        epochs: Save after every so many epochs (and after the last); 0 for the last only.
-        iters: Save after every so many iterations too, once the update that they are part of is made; 0 never.
+        epochs: Save after every so many epochs, and after the last; 0 only after the last, or not at all with `iters`.
+        iters: Save after every so many iterations, once the update that they are part of is made; 0 never. Without
+            `epochs`, after the last as well.
         keep: Numbered checkpoints to keep; older ones go after the new one is complete.
         best: Validation figure whose best model is kept as `best.pth`; None keeps none.
         greater: Whether more of that figure is better.
@@ -208,7 +209,8 @@ class Checkpoints(PlainCheckpoint):
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Save where the iteration says so; between two updates there are gradients that no checkpoint holds."""
         done = runner.iter + 1
-        self._due |= self.iters > 0 and done % self.iters == 0
+        last = not self.epochs and done == runner.max_iters
+        self._due |= self.iters > 0 and (done % self.iters == 0 or last)
         if self._due and just_updated(runner):
             self._due = False
             self._save(runner, f"iter_{done}.pth", epoch=runner.epoch, iteration=done)
@@ -216,8 +218,10 @@ class Checkpoints(PlainCheckpoint):
     def after_train_epoch(self, runner: Runner) -> None:
         """Save where the epoch says so."""
         number = runner.epoch + 1
-        if (self.epochs and number % self.epochs == 0) or number == runner.max_epochs:
-            self._save(runner, f"epoch_{number}.pth", epoch=number, iteration=runner.iter)
+        last = number == runner.max_epochs
+        if (self.epochs and (number % self.epochs == 0 or last)) or (last and not self.iters):
+            whole = runner.iter // len(runner.train_dataloader)  # the last pass of a run of iterations may be cut
+            self._save(runner, f"epoch_{number}.pth", epoch=whole, iteration=runner.iter)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Save the model if no earlier one did better."""
@@ -239,6 +243,7 @@ class Checkpoints(PlainCheckpoint):
         require_finite(runner.model, f"after iteration {runner.iter}")
 
     def _save(self, runner: Runner, name: str, *, epoch: int, iteration: int) -> None:
+        average_buffers(runner)
         # Every process takes part: generators differ between them.
         self._rng = all_gather_object(rng_state())
         self._write(runner, name, {"epoch": epoch, "iter": iteration}, whole=True)

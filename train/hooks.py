@@ -4,14 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmengine.dist import all_reduce_params, is_distributed
 from mmengine.hooks import EMAHook, ParamSchedulerHook, RuntimeInfoHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+
+_AVERAGED = ("running_mean", "running_var")
 
 
 def just_updated(runner: Runner) -> bool:
     """Whether the training step that has just run changed the parameters (False while gradients accumulate)."""
     return bool(runner.optim_wrapper.should_update())
+
+
+def average_buffers(runner: Runner) -> None:
+    """Give every process the mean of all processes' batch norm statistics, before they are read or saved.
+
+    Each process normalises by its own images and keeps its own statistics, unless the norms are joined (`sync_bn`).
+    """
+    if not is_distributed():
+        return
+    averages = (hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook))
+    for model in (runner.model, *averages):
+        all_reduce_params(_statistics(model), op="mean")
+
+
+def _statistics(model: nn.Module) -> list[Tensor]:
+    norms = (m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, SyncBatchNorm))
+    return [norm.get_buffer(name) for norm in norms if norm.track_running_stats for name in _AVERAGED]
 
 
 @HOOKS.register_module()

@@ -22,6 +22,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from .checkpoint import read_checkpoint, unwrap
+from .loop import batch_size_of
 
 CONFIG = "config.py"
 _SHOWN = 5
@@ -98,8 +99,9 @@ class Trainer(Runner):
         """Scale every group's learning rate by global batch / `base_batch_size`; accumulated batches count."""
         if not auto_scale_lr or not auto_scale_lr.get("enable", False):
             return
-        per_process = self.train_dataloader.batch_size
-        images = per_process * self.world_size * getattr(optim_wrapper, "_accumulative_counts", 1)
+        images = (
+            batch_size_of(self.train_dataloader) * self.world_size * getattr(optim_wrapper, "_accumulative_counts", 1)
+        )
         ratio = images / auto_scale_lr["base_batch_size"]
         for group in optim_wrapper.optimizer.param_groups:
             group["lr"] *= ratio
