@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,22 +14,31 @@ from torch import Tensor, nn
 from vizoo.backbones.base import nearest
 
 DTYPES = ("float32", "bfloat16", "float16")
+_OPTIONS = ("layer_decay", "not_decayed")
 
 
 def parameter_groups(
-    model: nn.Module, *, lr: float, weight_decay: float, layer_decay: float = 1.0
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    not_decayed: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups of a model's trainable parameters for an optimiser.
 
-    Vectors, biases and what `no_weight_decay()` of a module names (dotted names below that module, whole or ending)
-    are not decayed. With `layer_decay` d, layer i of n (as `group_matcher()` numbers them; the deepest is the head)
-    learns at lr * d^(n - 1 - i). The rate is written into the group, since only timm's schedulers know of `lr_scale`.
+    Vectors, biases and what `no_weight_decay()` of a module names (dotted names below that module, whole or ending) are
+    not decayed, unless `not_decayed` says otherwise. With `layer_decay` d, layer i of n (as `group_matcher()` numbers
+    them; the deepest is the head) learns at lr * d^(n - 1 - i). The rate is written into the group, since only timm's
+    schedulers know of `lr_scale`.
 
     Args:
         model: A backbone, or a module that has one at `backbone`; parameters outside it learn at full rate.
         lr: Learning rate of the last layer.
         weight_decay: Decay of the parameters that are decayed.
         layer_decay: Factor per layer, in (0, 1].
+        not_decayed: Parts of names; exactly the parameters whose name contains one are not decayed. So the published
+            detectors and segmenters were trained, which decay biases and the heads' batch norms.
 
     Returns:
         Groups with `params`, `param_names`, `lr`, `lr_scale` and `weight_decay`, earliest layers first.
@@ -39,14 +48,14 @@ def parameter_groups(
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay must lie in (0, 1], got {layer_decay}")
-    spared = _spared_names(model)
+    spared = _spared_names(model, not_decayed)
     scales = _layer_scales(model, layer_decay) if layer_decay < 1 else {}
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         scale = scales.get(name, 1.0)
-        decay = 0.0 if parameter.ndim <= 1 or name.endswith(".bias") or name in spared else weight_decay
+        decay = 0.0 if name in spared else weight_decay
         group = groups.setdefault(
             (scale, decay),
             {"params": [], "param_names": [], "lr": lr * scale, "lr_scale": scale, "weight_decay": decay},
@@ -56,9 +65,12 @@ def parameter_groups(
     return [groups[key] for key in sorted(groups)]
 
 
-def _spared_names(model: nn.Module) -> set[str]:
-    """Full names of the parameters that some module's `no_weight_decay()` lists."""
-    spared = set()
+def _spared_names(model: nn.Module, parts: Sequence[str] | None) -> set[str]:
+    """Full names of the parameters that are not decayed."""
+    named = model.named_parameters()
+    if parts is not None:
+        return {name for name, _ in named if any(part in name for part in parts)}
+    spared = {name for name, parameter in named if parameter.ndim <= 1 or name.endswith(".bias")}
     for prefix, module in model.named_modules():
         listed = getattr(module, "no_weight_decay", None)
         if not callable(listed):
@@ -91,7 +103,7 @@ class GroupedOptimizer:
 
     Args:
         optim_wrapper_cfg: Config of the optim wrapper, with the optimiser's under `optimizer` (`lr` is needed).
-        paramwise_cfg: `dict(layer_decay=...)`, or None.
+        paramwise_cfg: `layer_decay` and `not_decayed` of `parameter_groups`, or None.
 
     Raises:
         ValueError: No learning rate.
@@ -105,8 +117,8 @@ class GroupedOptimizer:
         if "lr" not in self.optimizer:
             raise ValueError("the optimizer's config needs a learning rate: optimizer=dict(type=..., lr=...)")
         for name in self.options:
-            if name != "layer_decay":
-                raise TypeError(f"paramwise_cfg has no key {name!r}; {nearest(name, ['layer_decay'])}")
+            if name not in _OPTIONS:
+                raise TypeError(f"paramwise_cfg has no key {name!r}; {nearest(name, _OPTIONS)}")
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """The optim wrapper over a model, unwrapped from DDP first."""

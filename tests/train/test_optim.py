@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import vizoo
 from vizoo.train.classification import ImageClassifier
 from vizoo.train.hooks import EMA
 from vizoo.train.optim import AutocastOptimWrapper, GroupedOptimizer, parameter_groups
+from vizoo.train.segmentation.heads import UPerHead
+from vizoo.train.segmentation.segmenter import Segmenter
 
 TINY = {"num_classes": 4, "img_size": 32, "embed_dim": 8, "depths": (1, 2), "num_heads": (1, 2), "window_size": 4}
 V1, V2 = "swin_tiny_patch4_window7_224", "swinv2_tiny_patch4_window8_256"
@@ -70,6 +73,35 @@ def test_names_of_inner_modules_and_frozen_parameters() -> None:
 
     groups = parameter_groups(nn.ModuleDict({"a": Table(), "b": nn.Linear(2, 2)}), lr=1.0, weight_decay=0.1)
     assert by_name(groups, "weight_decay") == {"a.table": 0.0, "b.weight": 0.1, "b.bias": 0.0}
+
+
+PUBLISHED = ("absolute_pos_embed", "relative_position_bias_table", "norm")
+
+
+def test_the_rule_of_published_detectors() -> None:
+    """Norms and tables of the backbone are spared; biases and the heads' batch norms are decayed."""
+    backbone = {"name": V1, **{key: value for key, value in TINY.items() if key != "num_classes"}}
+    model = Segmenter(backbone, {"type": UPerHead, "channels": 8}, num_classes=3)
+    decays = by_name(parameter_groups(model, lr=1.0, weight_decay=0.05, not_decayed=PUBLISHED), "weight_decay")
+    spared = {name for name, decay in decays.items() if decay == 0}
+    assert all(name.startswith("backbone.") for name in spared)
+    kinds = {re.sub(r"\d+", "0", name.removeprefix("backbone.")) for name in spared}
+    assert {re.sub(r".*\.", "", kind) for kind in kinds} == {"weight", "bias", "relative_position_bias_table"}
+    assert {"norm0.weight", "patch_embed.norm.bias"} <= kinds
+    for name in ("backbone.layers.0.blocks.0.attn.qkv.bias", "decode_head.bottleneck.bn.weight"):
+        assert decays[name] == 0.05
+    everything = parameter_groups(model, lr=1.0, weight_decay=0.05, not_decayed=())
+    assert [group["weight_decay"] for group in everything] == [0.05]
+
+
+def test_layer_decay_of_a_backbone_below_heads() -> None:
+    backbone = {"name": V1, **{key: value for key, value in TINY.items() if key != "num_classes"}}
+    model = Segmenter(backbone, {"type": UPerHead, "channels": 8}, num_classes=3)
+    rates = by_name(parameter_groups(model, lr=1.0, weight_decay=0.0, layer_decay=0.5), "lr")
+    assert {rate for name, rate in rates.items() if not name.startswith("backbone.")} == {1.0}
+    stem, block = rates["backbone.patch_embed.proj.weight"], rates["backbone.layers.1.blocks.1.mlp.fc1.weight"]
+    assert stem == pytest.approx(block / 8), "three blocks lie behind the stem"
+    assert block < rates["backbone.norm1.weight"] <= 1.0
 
 
 def test_layer_decay_refuses_what_it_cannot_do() -> None:
