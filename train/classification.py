@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 import vizoo
+from vizoo.checkpoint import LoadReport
+from vizoo.weights.record import Weights
 
 MODES = ("loss", "predict", "tensor")
 
@@ -72,6 +75,16 @@ class ImageClassifier(BaseModel):
         if label is None:
             raise ValueError("mode='loss' needs the labels of the batch, got label=None")
         return {"loss": self.loss(inputs, label)}
+
+    def load_checkpoint(self, source: str | Path | Weights | Mapping[str, Tensor]) -> LoadReport:
+        """Load backbone and classifier; see `vizoo.load_checkpoint`.
+
+        Raises:
+            TypeError: The backbone is none of the zoo's.
+        """
+        if not isinstance(self.backbone, vizoo.Backbone):
+            raise TypeError(f"checkpoints are read into a vizoo.Backbone, got {type(self.backbone).__name__}")
+        return vizoo.load_checkpoint(self.backbone, source)
 
     def loss(self, inputs: Tensor, label: Tensor) -> Tensor:
         """Mean cross-entropy of a batch, against mixed targets where `mixup` is set and the model is training."""

@@ -16,10 +16,16 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from .checkpoint import write_atomically
+from .finite import FirstBad
 from .progress import ProgressLine, duration
 
 LOG = "log.jsonl"
 CONFUSION = "confusion.json"
+PER_CLASS = "per_class.json"
+
+_UNDEFINED = -1.0
+"""What COCO's tools give where there is nothing to compute a figure from."""
+_PER_LINE = 6
 
 
 def read_log(work_dir: str | Path) -> list[dict[str, Any]]:
@@ -54,7 +60,7 @@ def read_log(work_dir: str | Path) -> list[dict[str, Any]]:
 
 @HOOKS.register_module()
 class RunLog(Hook):
-    """Logs a run and stops it when the loss is no longer finite.
+    """Logs a run and stops it when the loss is no longer finite; the batch that made it so is saved.
 
     Losses stay on the device until a window of them is complete, so the host waits for the device once per window and
     at the end of an epoch, never per step. In a distributed run the figures are means over the processes.
@@ -73,13 +79,14 @@ class RunLog(Hook):
         self.line = ProgressLine(quiet=quiet or not is_main_process())
         self._losses: list[Tensor] = []
         self._images = 0
-        self._since = self._started = 0.0
+        self._since = self._started = self._paused = 0.0
         self._first_iter = 0
         self._last: dict[str, Any] = {}
         self._epoch: list[Tensor] = []
+        self._bad = FirstBad()
 
     def before_train(self, runner: Runner) -> None:
-        """Note where the run starts."""
+        """Note where the run starts, and what the data sets left out."""
         self._started = time.perf_counter()
         self._first_iter = runner.iter
         kind = "resume" if runner.iter else "start"
@@ -90,21 +97,29 @@ class RunLog(Hook):
         self._say(
             runner,
             f"{'resumed at epoch ' + str(runner.epoch + 1) if runner.iter else 'training'}: {parameters / 1e6:.2f} M "
-            f"parameters, {images} images, {batches} batches x {runner.max_epochs} epochs, seed {runner.seed}",
+            f"parameters, {images} images, {_length(runner)}, seed {runner.seed}",
         )
+        self._report(runner, "training", runner.train_dataloader)
+        if runner.val_loop is not None:
+            self._report(runner, "validation", runner.val_dataloader)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Start the epoch's bar."""
         self._since = time.perf_counter()
         self._epoch = []
-        seen = runner.iter - runner.epoch * len(runner.train_dataloader)
-        self.line.begin(f"epoch {runner.epoch + 1}/{runner.max_epochs}", len(runner.train_dataloader), seen)
+        self._begin_bar(runner)
+
+    def _begin_bar(self, runner: Runner) -> None:
+        batches = len(runner.train_dataloader)
+        seen = runner.iter - runner.epoch * batches
+        self.line.begin(f"epoch {runner.epoch + 1}/{runner.max_epochs}", batches, seen)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Keep the loss; close the window when it is full."""
         self._losses.append(outputs["loss"].detach())
+        self._bad.look(runner.iter + 1, data_batch, outputs)
         self._images += len(data_batch.get("inputs", data_batch.get("images", ()))) * get_world_size()
-        ends = batch_idx + 1 == len(runner.train_dataloader)
+        ends = batch_idx + 1 == len(runner.train_dataloader) or runner.iter + 1 == runner.max_iters
         if ends or (runner.iter + 1) % self.interval == 0:
             self._close_window(runner)
         self.line.step(_summary(self._last))
@@ -118,16 +133,18 @@ class RunLog(Hook):
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Start the validation's bar."""
+        self._paused = time.perf_counter()
         self.line.begin("validating", len(runner.val_dataloader))
 
     def before_test_epoch(self, runner: Runner) -> None:
-        """Start the test's bar."""
+        """Start the test's bar, after what the data set left out."""
+        self._report(runner, "test", runner.test_dataloader)
         self.line.begin("testing", len(runner.test_dataloader))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Look at the losses of an unfinished window before anything is saved."""
         if self._losses:
-            _require_finite(torch.stack(self._losses).float().cpu(), runner)
+            self._require_finite(torch.stack(self._losses).float().cpu(), runner)
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Move the bar."""
@@ -141,6 +158,10 @@ class RunLog(Hook):
         """Log and show the figures."""
         self.line.end()
         self._figures(runner, "val", runner.epoch, metrics or {}, runner.val_loop.evaluator)
+        # In a run of iterations the epoch may go on.
+        self._since += time.perf_counter() - self._paused
+        if runner.iter - runner.epoch * len(runner.train_dataloader) > 0 and runner.iter < runner.max_iters:
+            self._begin_bar(runner)
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Show the figures."""
@@ -156,7 +177,7 @@ class RunLog(Hook):
         losses = torch.stack(self._losses).float()
         all_reduce(losses, "mean")
         values = losses.cpu()
-        _require_finite(values, runner)
+        self._require_finite(values, runner)
         now = time.perf_counter()
         norm = getattr(runner.optim_wrapper, "grad_norm", None)
         left = runner.max_iters - runner.iter - 1
@@ -175,19 +196,40 @@ class RunLog(Hook):
     def _figures(self, runner: Runner, kind: str, epoch: int, metrics: dict[str, float], evaluator: Any) -> None:
         if kind == "val":
             self._write(runner, kind, epoch, metrics)
-        self._save_confusion(runner, kind, epoch, evaluator)
-        shown = "  ".join(
-            f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2f} %" for name, value in metrics.items()
-        )
-        self._say(runner, f"{'  ' if kind == 'val' else ''}{kind}  {shown}")
+        self._save_classes(runner, kind, epoch, evaluator)
+        start = f"{'  ' if kind == 'val' else ''}{kind}  "
+        for line in _lines(metrics):
+            self._say(runner, start + line)
 
-    def _save_confusion(self, runner: Runner, kind: str, epoch: int, evaluator: Any) -> None:
+    def _save_classes(self, runner: Runner, kind: str, epoch: int, evaluator: Any) -> None:
+        """Keep what metrics know class by class: a confusion matrix, a row per class."""
+        if not is_main_process():
+            return
         for metric in evaluator.metrics:
-            matrix = getattr(metric, "confusion", None)
-            if matrix is not None and is_main_process():
-                classes = list((metric.dataset_meta or {}).get("classes", []))
-                found = {"kind": kind, "epoch": epoch, "classes": classes, "matrix": matrix.tolist()}
-                write_atomically(Path(runner.work_dir) / CONFUSION, json.dumps(found).encode())
+            classes = list((metric.dataset_meta or {}).get("classes", []))
+            found: dict[str, Any] = {"kind": kind, "epoch": epoch, "classes": classes}
+            if getattr(metric, "confusion", None) is not None:
+                _write_json(runner, CONFUSION, {**found, "matrix": metric.confusion.tolist()})
+            if getattr(metric, "per_class", None):
+                rows = [{name: _defined(value) for name, value in row.items()} for row in metric.per_class]
+                _write_json(runner, PER_CLASS, {**found, "rows": rows})
+
+    def _report(self, runner: Runner, what: str, dataloader: Any) -> None:
+        """Say what a data set holds and what it left out, where it can tell."""
+        report = getattr(dataloader.dataset, "report", None)
+        if callable(report):
+            self._say(runner, f"{what} set: {report()}")
+
+    def _require_finite(self, losses: Tensor, runner: Runner) -> None:
+        """Raise if one of the last losses, up to the present iteration, is not a number."""
+        bad = (~torch.isfinite(losses)).nonzero()
+        if len(bad):
+            iteration = runner.iter + 2 - len(losses) + int(bad[0])
+            raise FloatingPointError(
+                f"the loss is {losses[bad[0]].item()} at iteration {iteration} (epoch {runner.epoch + 1}): no weights "
+                f"of it were saved; {self._bad.save(runner.work_dir)}. Look at the batch, or resume from the last "
+                "checkpoint with a lower learning rate, tighter clipping or dtype=float32"
+            )
 
     def _write(
         self, runner: Runner, kind: str, epoch: int, figures: dict[str, Any], iteration: int | None = None
@@ -198,7 +240,7 @@ class RunLog(Hook):
         record = {"kind": kind, "epoch": epoch, "iter": iteration, **figures, "time": time.time()}
         with open(Path(runner.work_dir) / LOG, "a") as file:
             file.write(json.dumps(record) + "\n")
-        scalars = {f"{kind}/{name}": value for name, value in figures.items() if isinstance(value, float)}
+        scalars = {f"{kind}/{name}": v for name, v in figures.items() if isinstance(v, float) and v != _UNDEFINED}
         if kind in ("train", "val") and all(math.isfinite(value) for value in scalars.values()):
             runner.visualizer.add_scalars(scalars, step=iteration)
 
@@ -207,15 +249,33 @@ class RunLog(Hook):
         runner.logger.info(text)
 
 
-def _require_finite(losses: Tensor, runner: Runner) -> None:
-    """Raise if one of the last losses, up to the present iteration, is not a number."""
-    bad = (~torch.isfinite(losses)).nonzero()
-    if len(bad):
-        iteration = runner.iter + 2 - len(losses) + int(bad[0])
-        raise FloatingPointError(
-            f"the loss is {losses[bad[0]].item()} at iteration {iteration} (epoch {runner.epoch + 1}): nothing of it "
-            "was saved. Resume from the last checkpoint with a lower learning rate, tighter clipping or dtype=float32"
-        )
+def _length(runner: Runner) -> str:
+    """How long the run is, as a person says it."""
+    batches = len(runner.train_dataloader)
+    if batches * runner.max_epochs == runner.max_iters:
+        return f"{batches} batches x {runner.max_epochs} epochs"
+    return f"{runner.max_iters} batches, {batches} an epoch"
+
+
+def _lines(metrics: dict[str, float]) -> list[str]:
+    """The figures, a few a line; a dash for those that nothing could be computed from."""
+    shown = [f"{name} {_figure(name, value)}" for name, value in metrics.items()]
+    return ["  ".join(shown[start : start + _PER_LINE]) for start in range(0, len(shown), _PER_LINE)]
+
+
+def _figure(name: str, value: float) -> str:
+    if _defined(value) is None:
+        return "-"
+    return f"{value:.4f}" if name == "loss" else f"{value:.2f} %"
+
+
+def _defined(value: Any) -> Any:
+    """None in place of a number that says that there is none."""
+    return None if isinstance(value, float) and (value == _UNDEFINED or math.isnan(value)) else value
+
+
+def _write_json(runner: Runner, name: str, content: dict[str, Any]) -> None:
+    write_atomically(Path(runner.work_dir) / name, json.dumps(content).encode())
 
 
 def _summary(figures: dict[str, Any]) -> str:

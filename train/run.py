@@ -11,17 +11,19 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list
+from mmengine.registry import MODELS
 
-import vizoo
+from vizoo.checkpoint import LoadReport
 
 from .checkpoint import BEST, POINTER, latest_checkpoint, unwrap, write_atomically
+from .classification import ImageClassifier
 from .log import LOG
 from .settings import config_title, differences, load_config
 from .trainer import CONFIG, Trainer, pick_device
@@ -54,14 +56,15 @@ def train(
         quiet: Show nothing.
 
     Returns:
-        The folder: `config.py`, `log.jsonl`, `confusion.json`, `best.pth`, `epoch_<n>.pth`, TensorBoard's files.
+        The folder: `config.py`, `log.jsonl`, `confusion.json`, `per_class.json`, `best.pth`, `epoch_<n>.pth` or
+        `iter_<n>.pth`, TensorBoard's files.
 
     Raises:
         ValueError: Unknown config, bad values, nothing to resume, or resume together with force.
         KeyError: A setting that the config does not have.
         FileExistsError: The folder holds a run, and neither resume nor force is given.
         FileNotFoundError: The data set is not there.
-        FloatingPointError: The loss is no longer finite.
+        FloatingPointError: The loss is no longer finite; the batch is saved in the folder.
     """
     if resume and force:
         raise ValueError("resume continues the run, force starts anew: give one of them")
@@ -91,18 +94,22 @@ def evaluate(
 
     Args:
         config: As for `train`; a run's own `config.py` too.
-        checkpoint: A checkpoint that training wrote, or any that `vizoo.load_checkpoint` reads; None takes the
-            official weights of the config's model.
+        checkpoint: A checkpoint that training wrote, or a published one: of a classifier any that
+            `vizoo.load_checkpoint` reads, of a detector or segmenter that of the whole model, in either official
+            layout. None takes the official weights of a classifier.
         overrides: `key=value` settings.
-        work_dir: Folder for the log and `confusion.json`; None takes the next free `runs/test/<config>/<number>`.
+        work_dir: Folder for the log, `confusion.json` and `per_class.json`; None takes the next free
+            `runs/test/<config>/<number>`.
         device: As for `train`.
         quiet: Show nothing.
 
     Returns:
-        `top1` and `top5` in percent, and `loss`.
+        The metric's figures, in percent: `top1`, `top5` and `loss` (which is none) of a classifier; `box_AP`,
+        `box_AP50`, ... and, with masks, `mask_AP`, ... of a detector, -1 where there is no such object; `mIoU`, `mAcc`
+        and `aAcc` of a segmenter.
 
     Raises:
-        ValueError: As for `train`; and a checkpoint whose classifier has other classes than the config's model.
+        ValueError: As for `train`; and a checkpoint that holds another model, or other classes, than the config's.
         FileNotFoundError: The checkpoint or the data set is not there.
     """
     settings = load_config(config, overrides)
@@ -115,6 +122,10 @@ def evaluate(
     settings.custom_hooks, settings.load_from, settings.resume = [], None, False
     settings.default_hooks.checkpoint = None
     settings.default_hooks.param_scheduler = None
+    if checkpoint is None and not issubclass(MODELS.get(settings.model.type), ImageClassifier):
+        raise ValueError(
+            "only classifiers have official weights to take by default: name a checkpoint of the whole model"
+        )
     settings.model.backbone.pretrained = checkpoint is None
     _join_processes(settings.get("device", "auto"))
     folder = _agreed(lambda: _claim(Path(work_dir) if work_dir else None, f"test/{config_title(config)}", False, False))
@@ -125,10 +136,19 @@ def evaluate(
         return {name: float(value) for name, value in runner.test().items()}
 
 
-def _load_weights(model: torch.nn.Module, checkpoint: str | Path) -> None:
-    backbone = unwrap(model).get_submodule("backbone")
-    assert isinstance(backbone, vizoo.Backbone)
-    report = vizoo.load_checkpoint(backbone, checkpoint)
+class Loadable(Protocol):
+    """What a model must have to be tested: a way to read whole checkpoints."""
+
+    def load_checkpoint(self, source: str | Path) -> LoadReport:
+        """Load every parameter, or raise."""
+
+
+def _load_weights(model: Any, checkpoint: str | Path) -> None:
+    """Fill a whole model, heads included; anything left at its initial values is an error."""
+    loadable: Loadable = unwrap(model)  # type: ignore[assignment]
+    if not callable(getattr(loadable, "load_checkpoint", None)):
+        raise TypeError(f"{type(loadable).__name__} cannot be tested: it has no method load_checkpoint(source)")
+    report = loadable.load_checkpoint(checkpoint)
     if report.fresh or report.adapted:
         what = "; ".join(f"{key} ({how})" for key, how in report.adapted.items()) or ", ".join(report.fresh)
         raise ValueError(f"{checkpoint} does not hold the model of this config, so testing it says nothing: {what}")

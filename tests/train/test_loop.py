@@ -179,13 +179,20 @@ def test_learning_rate_scales_with_the_global_batch(small_run: Run) -> None:
 def test_loss_that_is_no_number_stops_the_run(small_run: Run, tmp_path: Path) -> None:
     """Whether the window is full or a checkpoint is due first, the error names the very iteration."""
     settings = ("train_dataloader.dataset.poison=0", "train_dataloader.sampler.shuffle=false")
-    expected = r"the loss is nan at iteration 1 \(epoch 1\): nothing of it was saved"
+    expected = (
+        r"the loss is nan at iteration 1 \(epoch 1\): no weights of it were saved; its batch is in .*/bad_batch_1\.pt\."
+    )
     with pytest.raises(FloatingPointError, match=expected):
         small_run("a", *settings, "default_hooks.logger.interval=3")
     with pytest.raises(FloatingPointError, match=expected):
         small_run("b", *settings, "default_hooks.logger.interval=50", "default_hooks.checkpoint.iters=2")
     assert latest_checkpoint(tmp_path / "a") is None
     assert latest_checkpoint(tmp_path / "b") is None
+    for name in "ab":
+        kept = torch.load(tmp_path / name / "bad_batch_1.pt", weights_only=True)
+        assert math.isnan(kept["losses"]["loss"])
+        assert kept["batch"]["inputs"][0].isnan().all()
+        assert kept["batch"]["inputs"].shape == (8, 3, 32, 32)
 
 
 def test_learns_and_is_tested(small_run: Run, small_config: Path, tmp_path: Path) -> None:

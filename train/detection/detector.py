@@ -10,8 +10,10 @@ from mmengine.model import BaseModel
 from torch import Tensor
 
 import vizoo
+from vizoo.checkpoint import LoadReport
 from vizoo.dense import freeze
 from vizoo.train.dense import MEAN, STD, ImageBatcher, build_backbone
+from vizoo.train.dense_checkpoint import Source
 
 from .boxes import Detections, not_empty, rescale
 from .neck import Pyramid
@@ -127,6 +129,12 @@ class Detector(BaseModel):
         for prediction, target in zip(found, targets, strict=True):
             prediction["image_id"] = target.get("image_id")
         return found
+
+    def load_checkpoint(self, source: Source) -> LoadReport:
+        """Load a whole detector, official or our own; see `vizoo.train.detection.load_detector_checkpoint`."""
+        from .convert import load_detector_checkpoint  # which builds on this class
+
+        return load_detector_checkpoint(self, source)
 
     def pyramid(self, batch: Tensor) -> list[Tensor]:
         """The pyramid's maps of a normalised, padded batch (B, 3, H, W), finest first."""

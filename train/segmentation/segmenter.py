@@ -12,8 +12,10 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 import vizoo
+from vizoo.checkpoint import LoadReport
 from vizoo.dense import freeze
 from vizoo.train.dense import MEAN, STD, ImageBatcher, build_backbone, pad_to
+from vizoo.train.dense_checkpoint import Source
 
 from .inference import Inference, MultiScale, Whole, build_inference
 from .layers import resize
@@ -130,6 +132,12 @@ class Segmenter(BaseModel):
         if targets is None:
             raise ValueError("mode='loss' needs the label maps of the batch, got targets=None")
         return self.loss(images, targets)
+
+    def load_checkpoint(self, source: Source) -> LoadReport:
+        """Load a whole segmenter, published or our own; see `.convert.load_segmenter_checkpoint`."""
+        from .convert import load_segmenter_checkpoint  # which builds on this class
+
+        return load_segmenter_checkpoint(self, source)
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """What the heads read, of normalised images (B, 3, H, W)."""
