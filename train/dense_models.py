@@ -70,14 +70,7 @@ def load_whole(model: BaseModel, file: str | Path) -> LoadReport:
         FileNotFoundError: There is no such file.
         vizoo.weights.errors.WeightsError: It cannot be read.
     """
-    from .detection import Detector, load_detector_checkpoint
-    from .segmentation.convert import load_segmenter_checkpoint
-    from .segmentation.segmenter import Segmenter
-
-    if isinstance(model, Detector):
-        return load_detector_checkpoint(model, Path(file))
-    assert isinstance(model, Segmenter)
-    report = load_segmenter_checkpoint(model, Path(file))
+    report: LoadReport = model.load_checkpoint(file)
     if report.fresh:
         what = "; ".join(f"{key}: {how}" for key, how in report.adapted.items())
         raise CheckpointMismatch(f"{Path(file).name} has other classes than the model ({what})")

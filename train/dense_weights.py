@@ -75,7 +75,7 @@ class DenseWeights:
         try:
             load_whole(model, file)
         except CheckpointMismatch as error:
-            raise CheckpointMismatch(f"{Path(file).name} does not hold {self.name}: {error}") from error
+            raise CheckpointMismatch(f"the file does not hold {self.name}: {error}") from error
         return model
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -88,7 +88,14 @@ def download(weights: Weights, *, progress: bool = True, force: bool = False, ac
     return path
 
 
-def import_file(weights: Weights, file: str | Path, *, trust: bool = False, accept_license: bool = False) -> Path:
+def import_file(
+    weights: Weights,
+    file: str | Path,
+    *,
+    trust: bool = False,
+    accept_license: bool = False,
+    check: Callable[[Path], object] | None = None,
+) -> Path:
     """Put a file that was fetched by hand into the cache, after the checks that a download gets.
 
     Args:
@@ -96,6 +103,7 @@ def import_file(weights: Weights, file: str | Path, *, trust: bool = False, acce
         file: The file; it is copied.
         trust: Converts the file to safetensors by running the code that it asks for. Only for a trusted author.
         accept_license: Accepts weights that state no licence. Remembered with the file.
+        check: Called with the copy before it takes its place in the cache; what it raises keeps the file out.
 
     Returns:
         Path of the file in the cache.
@@ -120,6 +128,8 @@ def import_file(weights: Weights, file: str | Path, *, trust: bool = False, acce
             else:
                 read_state_dict(file, weights.container, weights.prefix)
                 shutil.copyfile(file, copy)
+            if check is not None:
+                check(copy)
             _admit(copy, path, digest_of(copy) if trust else source, source, accepted=accept_license)
         finally:
             copy.unlink(missing_ok=True)

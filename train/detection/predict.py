@@ -126,14 +126,19 @@ class ImageDetector:
         return [{"id": number, "name": name} for number, name in zip(self.category_ids, self.classes, strict=True)]
 
     def records(self, found: FoundObjects, image_id: int) -> list[dict[str, Any]]:
-        """COCO's results of one image: `bbox` as x, y, width, height, and masks as compressed run-length codes."""
+        """COCO's results of one image: `bbox` as x, y, width, height, and masks as compressed run-length codes.
+
+        With `area` and `iscrowd`, so that they can stand as annotations, too.
+        """
         corners = found.boxes.double()
-        boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
+        sides = corners[:, 2:] - corners[:, :2]
+        boxes = torch.cat([corners[:, :2], sides], dim=1).tolist()
+        areas = (sides.prod(dim=1) if found.masks is None else found.masks.flatten(1).sum(dim=1)).tolist()
         codes = None if found.masks is None else encode_masks(found.masks.numpy())
         records = []
         for place, (label, score) in enumerate(zip(found.labels.tolist(), found.scores.tolist(), strict=True)):
             record = {"image_id": image_id, "category_id": self.category_ids[label], "bbox": boxes[place]}
-            record["score"] = score
+            record |= {"score": score, "area": areas[place], "iscrowd": 0}
             if codes is not None:
                 record["segmentation"] = codes[place]
             records.append(record)

@@ -1,7 +1,8 @@
-"""Turns docstrings into help: paragraphs flow, examples keep their lines."""
+"""Turns docstrings into help: paragraphs flow, examples keep their lines. And options that several commands have."""
 
 from __future__ import annotations
 
+import enum
 import inspect
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,6 +11,14 @@ import typer
 from rich.markup import escape
 
 Function = TypeVar("Function", bound=Callable[..., None])
+
+
+class Task(str, enum.Enum):
+    """What a model is for."""
+
+    classify = "classify"
+    detect = "detect"
+    segment = "segment"
 
 
 def command(app: typer.Typer, name: str, *, panel: str | None = None) -> Callable[[Function], Function]:

@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -37,6 +38,28 @@ def say(text: str) -> None:
 def note(text: str) -> None:
     """Print one line to standard error, where it does not mix with results."""
     print(text, file=sys.stderr)
+
+
+class Failures:
+    """Names each image that cannot be read on standard error, and counts them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, path: Path, error: Exception) -> None:
+        """One image that cannot be read."""
+        self.count += 1
+        text = " ".join(str(error).split())
+        note(f"error: {text if str(path) in text else f'{path}: {text}'}")
+
+    def check(self, files: int) -> None:
+        """Raise if there was any among so many files.
+
+        Raises:
+            ValueError: There was.
+        """
+        if self.count:
+            raise ValueError(f"{self.count} of {files} images could not be read")
 
 
 def print_table(columns: Mapping[str, str], rows: Iterable[Sequence[str]], *, title: str = "") -> None:

@@ -64,7 +64,11 @@ def train_command(
 def evaluate_command(
     config: ConfigName,
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="A checkpoint; the official weights by default.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="A checkpoint file, or a name of `vizoo list --task`; the official weights by default.",
+            show_default=False,
+        ),
     ] = None,
     settings: Settings = None,
     work_dir: Annotated[Path | None, typer.Option(help="Folder for the log and the confusion matrix.")] = None,
@@ -77,10 +81,15 @@ def evaluate_command(
     Examples:
         vizoo test runs/mine/config.py runs/mine/best.pth
         vizoo test imagenet/swin_tiny_patch4_window7_224 --set data_root=imagenet --json
+        vizoo test my_coco.py mask_rcnn.swin_tiny_patch4_window7_224.coco_3x
     """
+    from vizoo.train.dense_weights import is_dense, resolve_dense
     from vizoo.train.run import evaluate
 
-    figures = evaluate(config, checkpoint, settings or (), work_dir=work_dir, device=device, quiet=quiet or as_json)
+    file = None if checkpoint is None else Path(checkpoint)
+    if file is not None and not file.exists() and is_dense(file.name):
+        file = resolve_dense(file.name)
+    figures = evaluate(config, file, settings or (), work_dir=work_dir, device=device, quiet=quiet or as_json)
     if as_json:
         print_json(figures)
         return

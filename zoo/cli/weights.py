@@ -23,7 +23,10 @@ app = typer.Typer(
     "VIZOO_ACCEPT_UNSTATED_LICENSES=1 accepts weights that state no licence.",
 )
 
-Name = Annotated[str, typer.Argument(help="A model, `variant` or `variant.tag`.", show_default=False)]
+Name = Annotated[
+    str,
+    typer.Argument(help="A model, `variant` or `variant.tag`, or a name of `vizoo list --task`.", show_default=False),
+]
 Accept = Annotated[bool, typer.Option("--accept-license", help="Accept weights that state no licence.")]
 
 
@@ -38,18 +41,18 @@ def list_command(
     cached: Annotated[bool, typer.Option("--cached", help="Only what the cache holds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List published checkpoints, and which of them the cache holds.
+    """List published checkpoints of backbones, detectors and segmenters, and which of them the cache holds.
 
     Examples:
         vizoo weights list
         vizoo weights list 'swin_base*' --json
+        vizoo weights list mask_rcnn
         vizoo weights list --cached
     """
-    names = vizoo.list_models(pattern, pretrained=True)
-    if not names:
-        raise ValueError(f"no weights match {pattern!r}; `vizoo list --weights` shows all")
-    found = [(name, _record(name)) for name in names]
-    found = [(name, record) for name, record in found if not cached or is_cached(record)]
+    records = _records(pattern)
+    if not records:
+        raise ValueError(f"no weights match {pattern!r}; `vizoo weights list` shows all")
+    found = [(name, record) for name, record in records.items() if not cached or is_cached(record)]
     if as_json:
         print_json([_as_dict(name, record) for name, record in found])
         return
@@ -102,7 +105,7 @@ def verify_command(
         vizoo weights verify
         vizoo weights verify swin_tiny_patch4_window7_224
     """
-    chosen = names or [n for n in vizoo.list_models(pretrained=True) if path_of(_record(n)).exists()]
+    chosen = names or [name for name, record in _records().items() if path_of(record).exists()]
     if not chosen:
         note(f"the cache {cache_dir()} holds no weights")
         return
@@ -126,10 +129,16 @@ def import_command(
 ) -> None:
     """Put a file that was fetched by hand into the cache, after the checks of a download.
 
-    Example:
+    A file of a whole detector or segmenter must also load into its model, with nothing missing or left over.
+
+    Examples:
         vizoo weights import swin_tiny_patch4_window7_224 ~/Downloads/swin_tiny_patch4_window7_224.pth
+        vizoo weights import mask_rcnn.swin_tiny_patch4_window7_224.coco_3x mask_rcnn_swin_tiny_patch4_window7.pth
     """
-    say(str(import_file(_record(name), file, trust=trust, accept_license=accept_license)))
+    from vizoo.train.dense_weights import find_dense, is_dense
+
+    check = find_dense(name).load if is_dense(name) else None
+    say(str(import_file(_record(name), file, trust=trust, accept_license=accept_license, check=check)))
 
 
 @command(app, "path")
@@ -146,7 +155,19 @@ def path_command(
     say(str(cache_dir() if name is None else path_of(_record(name))))
 
 
+def _records(pattern: str = "*") -> dict[str, Weights]:
+    """Everything that is published, by name: checkpoints of backbones, then of whole models."""
+    from vizoo.train.dense_weights import list_dense
+
+    found = {name: _record(name) for name in vizoo.list_models(pattern, pretrained=True)}
+    return found | {record.name: record.weights for record in list_dense(pattern)}
+
+
 def _record(name: str) -> Weights:
+    from vizoo.train.dense_weights import find_dense, is_dense
+
+    if is_dense(name):
+        return find_dense(name).weights
     record = resolve(name).weights
     if record is None:
         raise ValueError(f"no weights are published for {name}; `vizoo list --weights` shows those there are")
