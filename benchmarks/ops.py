@@ -401,12 +401,11 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     result = {**environment(), "copy_bytes_per_second": bandwidth, "rows": []}
     print({key: value for key, value in result.items() if key != "rows"}, flush=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"ops-{torch.cuda.get_device_name().lower().replace(' ', '-')}.json"
     for name in [options.only] if options.only else sorted(OPERATORS):
         result["rows"] += OPERATORS[name](bandwidth, options.first, options.eager)
-    options.output.mkdir(parents=True, exist_ok=True)
-    slug = torch.cuda.get_device_name().lower().replace(" ", "-")
-    path = options.output / f"ops-{slug}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json.dumps(result, indent=1) + "\n")  # after each, so that an interrupted run keeps what it has
     print(f"wrote {path}")
 
 

@@ -226,7 +226,7 @@ def _rounds(call: _Call, tile: tiles.Tile, parts: bool) -> int:
     heads, processors = call.heads, gpu.multiprocessors(call.qkv.device)
     most = processors * tile.per_sm // heads
     if parts:
-        traffic = 8 * call.qkv.nbytes // 3  # qkv, its gradient, the output and its gradient
+        traffic = 8 * call.qkv.numel() * call.itemsize // 3  # qkv, its gradient, the output and its gradient
         most = min(most, max(processors // heads, traffic // (25 * 4 * heads * call.positions**2)))
     return -(-call.windows // max(1, most))
 

@@ -1,0 +1,52 @@
+"""Compilers take operators apart: they see the kernels, know what those write, and keep no more than meant."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WRITTEN = {
+    "window_attention": [["out"], ["grad_bias", "grad_padding", "grad_qkv"]],
+    "window_attention, tiled": [
+        ["lse", "out"],
+        ["delta", "grad_qkv"],
+        ["grad_padding", "grad_qkv"],
+        ["grad_bias"],
+    ],
+    "channel_attention": [["result"], ["out"], ["result"], ["grad_qkv"]],
+    "depthwise_conv 3": [["out"], ["grad_x", "parts"]],
+    "depthwise_conv 5": [["out"], ["parts"], ["out"]],
+    "gelu_linear": [["grad_x", "hidden"]],
+    "layer_norm": [["out"], ["grad_x", "parts"]],
+}
+"""What each kernel of an operator writes, forward and backward; anything more would be copied before each launch."""
+
+
+@pytest.fixture(scope="module")
+def graphs() -> dict[str, Any]:
+    """What the script `traced.py` finds in the graphs of all operators."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("traced.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("sizes", ["static", "dynamic"])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_compilers_see_the_kernels(name: str, sizes: str, graphs: dict[str, Any]) -> None:
+    joint, _ = graphs[f"{name}, {sizes}"]
+    assert joint == {"written": WRITTEN[name], "operators": []}
+
+
+def test_compilers_do_not_launch_a_backward_kernel_forward(graphs: dict[str, Any]) -> None:
+    """The GELU again, above all: its kernel is what keeps the hidden map from being kept."""
+    for name, kernels in WRITTEN.items():
+        _, forward = graphs[f"{name}, static"]
+        assert all(written in kernels and not any("grad" in each for each in written) for written in forward["written"])

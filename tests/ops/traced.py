@@ -1,0 +1,108 @@
+"""A script: traces each operator as `torch.compile` does for a GPU, without one, and prints what the graphs hold.
+
+The tests run it as a process of its own, since theirs has Triton's interpreter, whose kernels cannot be traced.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+from functorch.compile import aot_function, min_cut_rematerialization_partition
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from vizoo.ops import gpu
+from vizoo.ops.channel_attention import function as channel
+from vizoo.ops.depthwise_conv import function as depthwise
+from vizoo.ops.gelu_linear import function as gelu
+from vizoo.ops.layer_norm import function as norm
+from vizoo.ops.window_attention import function as window
+
+
+class Driver:
+    """Says what GPU there would be; that is all that Triton asks for what a kernel reads and writes."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_benchmarker(self) -> None:
+        return None
+
+
+class Traced(Exception):
+    """Stops before anything would run."""
+
+
+def found(module: torch.fx.GraphModule, graphs: list[dict[str, Any]]) -> None:
+    kernels, operators = [], []
+    for node in module.graph.nodes:
+        if "triton_kernel_wrapper" in str(node.target):
+            kernels.append(sorted(node.kwargs["tensors_to_clone"]))
+        elif str(node.target).startswith("vizoo"):
+            operators.append(str(node.target))
+    graphs.append({"written": kernels, "operators": operators})
+
+
+def trace(function: Callable[..., Tensor], tensors: list[Tensor], dynamic: bool) -> list[dict[str, Any]]:
+    """What kernels of the forward graph and of the joint one write, and the operators left whole."""
+    graphs: list[dict[str, Any]] = []
+
+    def partition(joint: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
+        found(joint, graphs)
+        forward, _ = min_cut_rematerialization_partition(joint, inputs, **options)
+        found(forward, graphs)
+        raise Traced
+
+    traced = aot_function(function, fw_compiler=None, partition_fn=partition, dynamic=dynamic)
+    try:
+        traced(*tensors)
+    except Traced:
+        return graphs
+    raise AssertionError("nothing was traced")
+
+
+def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
+
+
+def windows(side: int) -> Callable[..., Tensor]:
+    return lambda qkv, bias, padding: window._forward(qkv, bias, None, padding, [side, side], [2, 2], 0.2)[0]
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(Driver())
+    gpu.on = lambda device: nullcontext()
+    gpu.multiprocessors = lambda device: 132  # type: ignore[assignment]
+    n, d = 64, 16
+    cases = {
+        "window_attention": (windows(5), leaves((2, 12, 13, 3, 2, d), (2, 25, 25), (3, 2, d))),
+        "window_attention, tiled": (windows(12), leaves((2, 13, 14, 3, 2, d), (2, 144, 144), (3, 2, d))),
+        "channel_attention": (lambda qkv: channel._forward(qkv, 0.2)[0], leaves((2, n, 3, 2, d))),
+        "depthwise_conv 3": (lambda x, w, b: depthwise._forward(x, w, b, True),
+                             leaves((2, 9, 7, 24), (24, 1, 3, 3), (24,))),
+        "depthwise_conv 5": (lambda x, w, b: depthwise._forward(x, w, b, False),
+                             leaves((2, 9, 7, 24), (24, 1, 5, 5), (24,))),
+        "gelu_linear": (lambda x, w, b: gelu._GeluLinear.apply(x, w, b), leaves((2, n, 24), (8, 24), (8,))),
+        "layer_norm": (lambda x, w, b: norm._forward(x, w, b, 1e-5, torch.float16), leaves((2, n, 24), (24,), (24,))),
+    }  # fmt: skip
+    print(
+        json.dumps(
+            {
+                f"{name}, {'dynamic' if dynamic else 'static'}": trace(function, tensors, dynamic)
+                for name, (function, tensors) in cases.items()
+                for dynamic in (False, True)
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
