@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -18,13 +19,18 @@ from vizoo.backbones.base import nearest
 
 SHORTHANDS = {
     "data_root": ("train_dataloader.dataset.root", "val_dataloader.dataset.root"),
-    "num_classes": ("model.backbone.num_classes", "model.mixup.num_classes"),
+    "num_classes": ("model.num_classes", "model.backbone.num_classes", "model.mixup.num_classes"),
     "batch_size": ("train_dataloader.batch_size", "val_dataloader.batch_size"),
     "workers": ("train_dataloader.num_workers", "val_dataloader.num_workers"),
     "epochs": ("train_cfg.max_epochs",),
+    "iters": ("train_cfg.max_iters",),
     "lr": ("optim_wrapper.optimizer.lr",),
 }
 """Short names for what is set most, some of it in two places; parts that a config leaves out are passed over."""
+DATA_ROOT = "data_root"
+"""Where a config states it at its top, every text that is or lies below it follows when it is set."""
+DROP_PATH = "drop_path"
+"""At the top of a config that takes any backbone: drop path rates by the beginning of the backbone's name."""
 FREE = ("model.backbone",)
 """Below these, keys may be new: `vizoo.create_model` checks them itself, and names the nearest."""
 
@@ -89,9 +95,31 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
         key, found, text = pair.partition("=")
         if not found or not key.strip():
             raise ValueError(f"a setting must be written key=value, got {pair!r}")
+        if key.strip() == DATA_ROOT and DATA_ROOT in config:
+            _move_data(config, text.strip())
+            continue
         for place in _places(config, key.strip()):
             set_value(config, place, _parse(text.strip()))
+    _fill_drop_path(config)
     return config
+
+
+def _move_data(config: Config, root: str) -> None:
+    """Replace the data's folder at the beginning of every text that begins with it."""
+    old = config[DATA_ROOT]
+    for key, value in list(walk(config)):
+        if isinstance(value, str) and (value == old or value.startswith(f"{old}/")):
+            set_value(config, key, root.rstrip("/") + value[len(old) :])
+
+
+def _fill_drop_path(config: Config) -> None:
+    """Give the backbone the rate that the config's table has for its name, unless it states one itself."""
+    table, backbone = config.get(DROP_PATH), config.get("model", {}).get("backbone", {})
+    if not table or "drop_path_rate" in backbone:
+        return
+    fitting = [start for start in table if re.match(rf"{re.escape(start)}(_|\.|$)", backbone["name"])]
+    if fitting:
+        backbone["drop_path_rate"] = table[max(fitting, key=len)]
 
 
 def _places(config: Config, key: str) -> Sequence[str]:
