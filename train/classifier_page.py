@@ -1,4 +1,4 @@
-"""The page of a classifier: how it learned, where it errs, what it looks at, how fast it is, and what to do next."""
+"""The chapter of a classifier: how it learned, where it errs, what it looks at and how fast it is."""
 
 from __future__ import annotations
 
@@ -22,29 +22,28 @@ from .charts import (
     picture,
 )
 from .findings import Example, Findings
-from .report import Page, Section, Tile, card, columns, roomy, seconds, table
+from .report import Chapter, Section, Tile, card, columns, roomy, seconds, table
 
 SHOWN_HARD, SHOWN_OTHERS = 12, 12
 
 
-def classification_page(found: Findings) -> Page:
-    """The page of a classifier's run."""
+def classification_chapter(found: Findings) -> Chapter:
+    """The chapter of a classifier's run."""
     total = sum(map(sum, found.confusion))
     family = found.model.partition("_")[0].capitalize()
     goal = f"{found.goal:g} % of the held-out images"
-    return Page(
+    return Chapter(
+        anchor="classify",
+        name="Image classification",
         title=f"It reads {total - found.wrong} of {total} {found.subject} it has never seen.",
-        eyebrow="vizoo demo",
         lead=(
             f"A small {family} learned them from {found.start['images']:,} real scans, from random weights, in "
-            f"{seconds(found.training_seconds)}. This page shows how it learned, where it errs, what it looks at and "
-            f"how fast it is. Seed {found.seed}: the same seed on the same machine gives the same model."
+            f"{seconds(found.training_seconds)}. How it learned, where it errs, what it looks at and how fast it is."
         ),
         met=found.met,
         verdict=f"✓ Goal reached: at least {goal}" if found.met else f"✗ Goal missed: it was at least {goal}",
         tiles=_tiles(found),
         sections=[make(found) for make in CLASSIFICATION],
-        footer=_footer(found),
     )
 
 
@@ -56,11 +55,6 @@ def _tiles(found: Findings) -> list[Tile]:
         Tile("parameters", f"{found.parameters / 1e6:.2f}", "M"),
         Tile(f"classified, batch {fastest.batch}", f"{fastest.images_per_second:,.0f}", "images/s"),
     ]
-
-
-def _footer(found: Findings) -> str:
-    facts = dict(found.machine)
-    return " · ".join(f"{name} {facts[name]}" for name in ("vizoo", "torch", "Date") if facts.get(name))
 
 
 def glance(found: Findings) -> Section:
@@ -140,9 +134,9 @@ def answers(found: Findings) -> Section:
     )
     body = join(
         [
-            Markup("<h3>The hardest: those whose true class it thought least likely</h3>"),
+            Markup("<h4>The hardest: those whose true class it thought least likely</h4>"),
             _answer_cards(hard[:SHOWN_HARD], found.classes),
-            Markup("<h3>Drawn at random from the others</h3>"),
+            Markup("<h4>Drawn at random from the others</h4>"),
             _answer_cards([hard[i] for i in others], found.classes),
         ]
     )
@@ -220,7 +214,7 @@ def gaze(found: Findings) -> Section:
         else "Not here: hiding what they point at costs no more, so do not trust them."
     )
     test = roomy(bar_chart(bars, title="Accuracy on the held-out images with parts of each blackened"))
-    body = Markup('<div class="gazes">{}</div><h3>Do the maps tell the truth? {}</h3>{}').format(
+    body = Markup('<div class="gazes">{}</div><h4>Do the maps tell the truth? {}</h4>{}').format(
         join(pairs), verdict, card(test)
     )
     return Section("gaze", "Where it looks", lead, body)
@@ -249,7 +243,7 @@ def plane(found: Findings) -> Section:
 
 
 def speed(found: Findings) -> Section:
-    """Images per second, and where the time of the run went."""
+    """Images per second."""
     bars = [
         Bar(
             f"{s.name}, batch {s.batch}",
@@ -259,28 +253,18 @@ def speed(found: Findings) -> Section:
         )
         for s in found.speeds
     ]
-    spent = [Bar(name, value, f"{value:.1f} s", "two") for name, value in found.phases]
     facts = dict(found.machine)
     lead = (
         f"On {facts.get('Processor', 'this machine')}, threads: {facts.get('Threads', '?')}, float32, images already "
         f"in memory: the median, ± half the interquartile range. One image takes {found.macs / 1e6:.1f} million "
         "multiply-adds. Training includes the backward pass and the update."
     )
-    charts = [bar_chart(bars, title="Images per second"), bar_chart(spent, title="Where the time of this demo went")]
-    return Section("speed", "How fast it is", lead, columns([card(roomy(chart)) for chart in charts]))
+    return Section("speed", "How fast it is", lead, card(roomy(bar_chart(bars, title="Images per second"))))
 
 
 def making(found: Findings) -> Section:
-    """Recipe and machine."""
-    body = columns([card(table("Recipe", found.recipe)), card(table("Machine and versions", found.machine))])
-    return Section("making", "How it was made", found.design, body)
-
-
-def onward(found: Findings) -> Section:
-    """Commands to go on with."""
-    entries = [Markup("<dt>{}</dt><dd><code>{}</code></dd>").format(what, command) for what, command in found.commands]
-    body = card(Markup("<dl>{}</dl>").format(join(entries)))
-    return Section("onward", "Go on from here", "The same commands work for every model of the zoo.", body)
+    """The recipe."""
+    return Section("making", "How it was made", found.design, card(table("Recipe", found.recipe)))
 
 
 CLASSIFICATION: tuple[Callable[[Findings], Section], ...] = (
@@ -292,6 +276,5 @@ CLASSIFICATION: tuple[Callable[[Findings], Section], ...] = (
     plane,
     speed,
     making,
-    onward,
 )
-"""Sections of a classifier's page, in their order."""
+"""Sections of a classifier's chapter, in their order."""

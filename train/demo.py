@@ -1,55 +1,67 @@
-"""The demo: train a small backbone on real handwritten digits, and tell how it went as one HTML page.
+"""The demo: train a small model of each task, and tell how it went as one HTML page.
 
-It takes the roads a user takes: `train` and `test` on the config `demo/digits`, and for unseen images the classifier
-behind `vizoo predict`, on image files.
+It takes the roads a user takes: `train` and `evaluate` on the configs `demo/digits`, `demo/shapes_detect` and
+`demo/shapes_segment`, and for unseen digits the classifier behind `vizoo predict`, on image files.
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
-import json
-import time
 import webbrowser
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from mmengine.config import Config
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
+from vizoo.backbones.base import nearest
+from vizoo.benchmark import threads
 
-from vizoo.benchmark import Mode, benchmark, threads
-from vizoo.card import count_macs
-from vizoo.predict import Classifier, load_classifier
-from vizoo.preprocess import eval_transform
-
-from .attribution import hiding_test, look
+from . import demo_digits, demo_shapes
 from .checkpoint import latest_checkpoint, write_atomically
-from .classifier_page import classification_page
-from .datasets import Digits
-from .findings import Example, Findings, Gaze, Speed
-from .log import CONFUSION, read_log
+from .demo_page import demo_page
+from .findings import Course
+from .phases import Clock
 from .progress import ProgressLine, duration
 from .report import render
-from .run import evaluate, train
-from .settings import load_config
+from .run import train
 from .trainer import CONFIG as SAVED_CONFIG
-from .words import design_in_words, machine_in_words, recipe_in_words
+from .words import machine_in_words
 
-CONFIG = "demo/digits"
-GOAL = 97.0
 REPORT = "report.html"
-HELD_OUT = "held-out"
-HIDDEN_SHARE = 0.2
+DATA = "data"
 
 
 class GoalMissed(RuntimeError):
-    """The trained model is less accurate than the demo promises; the report was written and says so."""
+    """A trained model is less accurate than the demo promises; the report was written and says so."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A part of the demo.
+
+    Attributes:
+        config: What to train.
+        goal: What its headline figure is to reach, in percent.
+        figure: What that figure is.
+        find_out: From the run's folder, its last checkpoint, the goal, a clock and `quiet` to what the page tells.
+    """
+
+    config: str
+    goal: float
+    figure: str
+    find_out: Callable[[Path, Path, float, Clock, bool], Course]
+    generated: bool = True
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder."""
+        return self.config.rpartition("/")[2]
+
+
+TASKS = {
+    "digits": Task(demo_digits.CONFIG, 97.0, "accuracy", demo_digits.digits_findings, generated=False),
+    "detect": Task(demo_shapes.DETECT, 50.0, "box AP50", demo_shapes.detection_findings),
+    "segment": Task(demo_shapes.SEGMENT, 60.0, "mIoU", demo_shapes.segmentation_findings),
+}
 
 
 @dataclass(frozen=True)
@@ -58,82 +70,121 @@ class DemoResult:
 
     Attributes:
         report: The page.
-        run: Folder of the run: config, log, checkpoints, and the held-out images as files.
-        accuracy: Accuracy in percent on the held-out digits.
+        run: Folder of the call; the run of each task is a folder in it.
+        figures: Headline figure of each task, in percent, on held-out images.
         seconds: Seconds it took, all in all.
     """
 
     report: Path
     run: Path
-    accuracy: float
+    figures: Mapping[str, float]
     seconds: float
-
-
-@dataclass
-class _Clock:
-    """Names and seconds of the demo's phases."""
-
-    line: ProgressLine
-    start: float = field(default_factory=time.perf_counter)
-    phases: list[tuple[str, float]] = field(default_factory=list)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.phases.append((name, time.perf_counter() - begin))
-        self.line.say(f"{name}: {duration(self.phases[-1][1])}")
-
-    @property
-    def total(self) -> float:
-        return time.perf_counter() - self.start
 
 
 def run(
     output: str | Path,
     *,
+    tasks: Sequence[str] = tuple(TASKS),
     seed: int | None = None,
     settings: Sequence[str] = (),
-    goal: float = GOAL,
+    goals: Mapping[str, float] | None = None,
     show: bool = False,
     quiet: bool = False,
 ) -> DemoResult:
     """Train, evaluate, predict, measure, and write the report.
 
     Args:
-        output: Folder. Every call makes a run of its own below `runs/` in it, with its report; `report.html` in the
-            folder is a copy of the newest. Nothing else in the folder is touched.
-        seed: Seed of everything random; None keeps the config's.
-        settings: `key=value` changes of the config.
-        goal: Accuracy in percent to reach on the held-out digits.
+        output: Folder. Every call makes a folder of its own below `runs/` in it, with a run for each task and the
+            report; `report.html` in the folder is a copy of the newest. Generated images are written once, below
+            `data/`. Nothing else in the folder is touched.
+        tasks: Which of `TASKS`, in this order.
+        seed: Seed of everything random; None keeps the configs'.
+        settings: `key=value` changes of the configs of all tasks; `<task>.key=value` of one.
+        goals: Headline figure in percent that a task is to reach, in place of its own goal.
         show: Open the report in a browser.
         quiet: Show nothing.
 
     Returns:
-        Where the report is, and the main figures.
+        Where the report is, and the headline figures.
 
     Raises:
-        GoalMissed: The model is less accurate than `goal`; the report is there all the same.
-        ValueError: Bad settings.
+        GoalMissed: A model is less accurate than its goal; the report is there all the same.
+        ValueError: No or unknown tasks, or bad settings.
+        KeyError: A setting that a task's config does not have.
     """
-    clock = _Clock(ProgressLine(quiet=quiet))
+    _check_tasks(tasks, goals or {})
+    clock = Clock(ProgressLine(quiet=quiet))
     folder = _new_folder(Path(output) / "runs")
+    found: dict[str, Course] = {}
     # So small a model gains little by more threads, and loses a lot by waiting for them on a busy machine.
     with threads(1):
-        with clock.phase("training"):
-            train(CONFIG, settings, work_dir=folder, seed=seed, quiet=quiet)
-        found = _find_out(folder, goal, clock, quiet)
-    report = Path(output) / REPORT
-    page = render(classification_page(found)).encode()
-    for path in (folder / REPORT, report):
-        write_atomically(path, page)
-    clock.line.say(f"{found.accuracy:.2f} % of {len(found.examples)} held-out digits, {duration(clock.total)} in all")
-    clock.line.say(f"report: {report}")
+        for name in tasks:
+            task = TASKS[name]
+            place = [f"data_root={Path(output) / DATA / task.folder}"] if task.generated else []
+            with clock.phase(f"{name}, training"):
+                train(
+                    task.config,
+                    place + _settings_of(name, settings),
+                    work_dir=folder / task.folder,
+                    seed=seed,
+                    quiet=quiet,
+                )
+            goal = (goals or {}).get(name, task.goal)
+            found[name] = task.find_out(folder / task.folder, _last(folder / task.folder), goal, clock, quiet)
+            clock.line.say(f"{name}: {task.figure} {found[name].headline:.2f} %, goal {goal:g} %")
+    report = _write_report(Path(output), folder, found, clock)
     if show:
         webbrowser.open(report.resolve().as_uri())
-    if not found.met:
-        raise GoalMissed(f"the demo reached {found.accuracy:.2f} % instead of {goal:g} %; {report} shows what happened")
-    return DemoResult(report, folder, found.accuracy, clock.total)
+    _require_goals(found, report)
+    return DemoResult(report, folder, {name: one.headline for name, one in found.items()}, clock.total)
+
+
+def _check_tasks(tasks: Sequence[str], goals: Mapping[str, float]) -> None:
+    if not tasks or len(set(tasks)) != len(tasks):
+        raise ValueError(
+            f"tasks must name one or more of {', '.join(TASKS)}, each once; got {', '.join(tasks) or 'none'}"
+        )
+    for name in (*tasks, *goals):
+        if name not in TASKS:
+            raise ValueError(f"the demo has no task {name!r}; {nearest(name, TASKS)}")
+
+
+def _settings_of(name: str, settings: Sequence[str]) -> list[str]:
+    """The settings of one task: those for all, and its own without its name."""
+    own = []
+    for setting in settings:
+        first, found, rest = setting.partition(".")
+        if not found or first not in TASKS:
+            own.append(setting)
+        elif first == name:
+            own.append(rest)
+    return own
+
+
+def _last(folder: Path) -> Path:
+    checkpoint = latest_checkpoint(folder)
+    assert checkpoint is not None, "training ends with a checkpoint"
+    return checkpoint
+
+
+def _write_report(output: Path, folder: Path, found: Mapping[str, Course], clock: Clock) -> Path:
+    report = output / REPORT
+    page = demo_page(list(found.values()), clock.phases, machine_in_words(), _commands(folder, list(found)))
+    content = render(page).encode()
+    for path in (folder / REPORT, report):
+        write_atomically(path, content)
+    clock.line.say(f"{duration(clock.total)} in all, report: {report}")
+    return report
+
+
+def _require_goals(found: Mapping[str, Course], report: Path) -> None:
+    missed = [
+        f"{TASKS[name].figure} {one.headline:.2f} % instead of {one.goal:g} %"
+        for name, one in found.items()
+        if not one.met
+    ]
+    if missed:
+        raise GoalMissed(f"the demo reached {', '.join(missed)}; {report} shows what happened")
 
 
 def _new_folder(parent: Path) -> Path:
@@ -150,143 +201,23 @@ def _new_folder(parent: Path) -> Path:
     raise AssertionError("unreachable: count() is endless")
 
 
-def _find_out(folder: Path, goal: float, clock: _Clock, quiet: bool) -> Findings:
-    """Everything the page tells, from the folder of a finished run."""
-    config = load_config(folder / SAVED_CONFIG)
-    checkpoint = latest_checkpoint(folder)
-    assert checkpoint is not None, "training ends with a checkpoint"
-    with clock.phase("evaluation"):
-        figures = evaluate(folder / SAVED_CONFIG, checkpoint, work_dir=folder / "test", quiet=quiet)
-        confusion = json.loads((folder / "test" / CONFUSION).read_text())["matrix"]
-    classifier = load_classifier(checkpoint=checkpoint)
-    with clock.phase("prediction"):
-        examples = _predict(classifier, _held_out(config), folder / HELD_OUT)
-    with clock.phase("explanation"):
-        gaze = _gaze(classifier, examples, seed=config.randomness.seed)
-        plane = _plane(classifier, examples, seed=config.randomness.seed)
-    with clock.phase("speed"):
-        speeds = _speeds(classifier, config.train_dataloader.batch_size)
-    backbone = dict(config.model.backbone)
-    return Findings(
-        model=backbone.pop("name"),
-        design=design_in_words(backbone),
-        subject="digits",
-        parameters=sum(p.numel() for p in classifier.model.parameters()),
-        macs=count_macs(classifier.model, *classifier.preprocess["input_size"][1:]),
-        classes=[str(digit) for digit in range(len(confusion))],
-        seed=config.randomness.seed,
-        goal=goal,
-        accuracy=figures["top1"],
-        history=read_log(folder),
-        confusion=confusion,
-        examples=examples,
-        gaze=gaze,
-        plane=plane,
-        speeds=speeds,
-        phases=clock.phases,
-        recipe=recipe_in_words(CONFIG, config),
-        machine=machine_in_words(),
-        commands=_commands(folder, checkpoint),
-    )
-
-
-def _held_out(config: Config) -> Digits:
-    """The validation set of the run, by the arguments of its config."""
-    arguments = dict(config.val_dataloader.dataset)
-    arguments.pop("type")
-    return Digits(**arguments)
-
-
-def _predict(classifier: Classifier, digits: Digits, folder: Path) -> list[Example]:
-    """Write the held-out digits as image files, and classify the files."""
-    folder.mkdir()
-    paths = [
-        folder / f"{index:04}_{digits.classes[label]}.png"
-        for index, label in zip(digits.indices, digits.labels, strict=True)
-    ]
-    for path, pixels in zip(paths, digits.pixels, strict=True):
-        Image.fromarray(pixels).save(path)
-    examples = []
-    predictions = classifier.predict(paths, top=len(digits.classes), batch_size=64)
-    for pixels, label, prediction in zip(digits.pixels, digits.labels, predictions, strict=True):
-        probabilities = np.zeros(len(digits.classes))
-        probabilities[list(prediction.indices)] = prediction.probabilities
-        examples.append(Example(image=pixels, label=int(label), probabilities=probabilities))
-    return examples
-
-
-def _inputs(classifier: Classifier, images: Sequence[NDArray[np.uint8]]) -> Tensor:
-    transform = eval_transform(classifier.preprocess)
-    return torch.stack([transform(Image.fromarray(image)) for image in images])
-
-
-def _gaze(classifier: Classifier, examples: Sequence[Example], seed: int) -> Gaze:
-    """Where the model looks in one digit of each class and in those it got wrong, and the test over all of them."""
-    images, labels = [e.image for e in examples], np.array([e.label for e in examples])
-    heat = look(classifier.model, _inputs(classifier, images), torch.tensor([e.answer for e in examples]))
-    pooled = torch.nn.functional.adaptive_avg_pool2d(heat[:, None], images[0].shape)[:, 0].numpy()
-
-    def accuracy(changed: Sequence[NDArray[np.uint8]]) -> float:
-        with torch.inference_mode():
-            answers = classifier.model(_inputs(classifier, changed)).argmax(1).numpy()
-        return 100 * float((answers == labels).mean())
-
-    hot, at_random = hiding_test(accuracy, images, list(pooled), HIDDEN_SHARE, seed)
-    chosen = [int(np.flatnonzero(labels == label)[0]) for label in np.unique(labels)]
-    chosen += [i for i, e in enumerate(examples) if not e.is_right and i not in chosen][:2]
-    size = heat.shape[1:]
-    shown = [replace(examples[i], image=_enlarged(images[i], size)) for i in chosen]
-    return Gaze(
-        examples=shown,
-        heat=[heat[i].numpy() for i in chosen],
-        share=HIDDEN_SHARE,
-        hidden_hot=hot,
-        hidden_random=at_random,
-    )
-
-
-def _enlarged(image: NDArray[np.uint8], size: Sequence[int]) -> NDArray[np.uint8]:
-    return np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
-
-
-def _plane(classifier: Classifier, examples: Sequence[Example], seed: int) -> NDArray[np.floating]:
-    """The features in front of the classifier, in two dimensions.
-
-    A large perplexity and little exaggeration keep the shape of each class; the defaults draw every class as a dot.
-    """
-    from sklearn.manifold import TSNE
-
-    model = classifier.model
-    with torch.inference_mode():
-        maps = model.forward_features(_inputs(classifier, [e.image for e in examples]))
-        features = model.forward_head(maps, pre_logits=True).numpy()
-    return TSNE(
-        perplexity=min(80, len(examples) // 4), early_exaggeration=2, init="pca", random_state=seed
-    ).fit_transform(features)
-
-
-def _speeds(classifier: Classifier, batch: int) -> list[Speed]:
-    """Images per second of single images and of batches; of training too."""
-    modes: tuple[tuple[Mode, int, int], ...] = (("inference", 1, 40), ("inference", batch, 12), ("training", batch, 8))
-    speeds = []
-    for mode, size, steps in modes:
-        # A copy: measuring training steps changes weights.
-        model = copy.deepcopy(classifier.model)
-        done = benchmark(model, mode=mode, batch_size=size, device="cpu", dtype="float32", steps=steps, warmup=2)
-        speeds.append(Speed(mode, size, done.images_per_second, done.spread))
-    return speeds
-
-
-def _commands(folder: Path, checkpoint: Path) -> list[tuple[str, str]]:
+def _commands(folder: Path, tasks: Sequence[str]) -> list[tuple[str, str]]:
+    """What one may want to do next, and the command."""
     model = "swin_tiny_patch4_window7_224"
     own = {"train_dataloader.dataset.root": "FOLDER", "val_dataloader.dataset.root": "FOLDER"}
     own |= {"model.backbone.num_classes": "N", "model.mixup.num_classes": "N"}
-    longer = {"model.backbone.embed_dim": "48", "train_cfg.max_epochs": "60"}
-    ask = f"vizoo predict {folder / HELD_OUT} --checkpoint {checkpoint}"
+    runs = {name: folder / TASKS[name].folder for name in tasks}
+    commands = []
+    if "digits" in runs:
+        held_out, checkpoint = runs["digits"] / demo_digits.HELD_OUT, _last(runs["digits"])
+        ask = f"vizoo predict {held_out} --checkpoint {checkpoint}"
+        commands.append(("Ask the classifier about its held-out digits, or a file of yours", ask))
+    again = "\n".join(f"vizoo test {path / SAVED_CONFIG} {_last(path)}" for path in runs.values())
+    longer = "\n".join(f"vizoo train {TASKS[name].config} --set train_cfg.max_epochs={_longer(name)}" for name in runs)
     return [
-        ("Ask this model about its held-out digits, or a file of yours", ask),
-        ("Evaluate it again", f"vizoo test {folder / SAVED_CONFIG} {checkpoint}"),
-        ("Train a wider one for longer", f"vizoo train {CONFIG} {_set(longer)}"),
+        *commands,
+        ("Evaluate again", again),
+        ("Train for longer", longer),
         ("See the models of the zoo, and one of them closely", f"vizoo list\nvizoo describe {model}"),
         ("Let a pretrained one name what is on a picture", f"vizoo predict photo.jpg --model {model}"),
         (
@@ -294,6 +225,10 @@ def _commands(folder: Path, checkpoint: Path) -> list[tuple[str, str]]:
             f"vizoo train imagenet/{model} {_set(own)}",
         ),
     ]
+
+
+def _longer(name: str) -> int:
+    return {"digits": 60, "detect": 12, "segment": 40}[name]
 
 
 def _set(values: Mapping[str, str]) -> str:

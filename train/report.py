@@ -1,7 +1,8 @@
 """A run told as one HTML page that needs nothing else: no other file, no request, no script.
 
-A page is a head (title, verdict, a few large figures) and sections. A section is a function of what was found that
-returns a `Section`; each task brings its own findings and its own list of such functions, as `classifier_page` does.
+A page is a head (title, verdict, a few large figures) and chapters, a chapter a head and sections. A section is a
+function of what was found that returns a `Section`; each task brings its own findings and its own list of such
+functions, as `classifier_page` does.
 """
 
 from __future__ import annotations
@@ -37,8 +38,22 @@ class Section:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Chapter:
+    """What a page tells of one task; `met` says whether what it set out for was reached, None where it had no goal."""
+
+    anchor: str
+    name: str
+    title: str
+    lead: str
+    sections: Sequence[Section]
+    met: bool | None = None
+    verdict: str = ""
+    tiles: Sequence[Tile] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Page:
-    """A whole page; `met` says whether what the run set out for was reached."""
+    """A whole page; `met` says whether everything that was set out for was reached."""
 
     title: str
     eyebrow: str
@@ -46,7 +61,7 @@ class Page:
     met: bool
     verdict: str
     tiles: Sequence[Tile]
-    sections: Sequence[Section]
+    chapters: Sequence[Chapter]
     footer: str
 
 
@@ -77,6 +92,19 @@ def table(title: str, rows: Sequence[tuple[str, str]]) -> Markup:
     """Names and values."""
     lines = [Markup("<tr><th scope='row'>{}</th><td>{}</td></tr>").format(name, value) for name, value in rows]
     return Markup("<figure><figcaption>{}</figcaption><table>{}</table></figure>").format(title, join(lines))
+
+
+def grid(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
+    """A table whose first column names the rows; the others are figures."""
+    head = join([Markup("<th scope='col'>{}</th>").format(name) for name in header])
+    lines = []
+    for name, *values in rows:
+        cells = join([Markup("<td>{}</td>").format(value) for value in values])
+        lines.append(Markup("<tr><th scope='row'>{}</th>{}</tr>").format(name, cells))
+    return Markup(
+        "<figure><figcaption>{}</figcaption><div class='scroll'><table class='figures'><thead><tr>{}</tr></thead>"
+        "<tbody>{}</tbody></table></div></figure>"
+    ).format(title, head, join(lines))
 
 
 def seconds(value: float) -> str:

@@ -1,4 +1,4 @@
-"""The demo makes a report by the ordinary roads, keeps earlier ones, and says when it falls short of its goal."""
+"""The demo makes a report by the ordinary roads, keeps earlier ones, and says when it falls short of a goal."""
 
 from __future__ import annotations
 
@@ -12,58 +12,169 @@ import torch
 
 import vizoo
 from vizoo.train.attribution import hide, hiding_test, look
-from vizoo.train.demo import GoalMissed, run
+from vizoo.train.demo import TASKS, GoalMissed, run
+from vizoo.train.demo_shapes import tally
+from vizoo.train.log import read_log
 
 SHORT = (
-    "train_cfg.max_epochs=1",
-    "param_scheduler.0.warmup=0",
-    "train_dataloader.dataset.held_out=0.9",
-    "val_dataloader.dataset.held_out=0.05",
-    "model.backbone.embed_dim=16",
+    "digits.train_cfg.max_epochs=1",
+    "digits.param_scheduler.0.warmup=0",
+    "digits.train_dataloader.dataset.held_out=0.9",
+    "digits.val_dataloader.dataset.held_out=0.05",
+    "digits.model.backbone.embed_dim=16",
+    *(
+        f"{task}.{key}"
+        for task in ("detect", "segment")
+        for key in (
+            "train_cfg.max_epochs=2",
+            "train_cfg.val_interval=1",
+            "param_scheduler.0.warmup=0",
+            "train_dataloader.batch_size=4",
+            "train_dataloader.dataset.scenes=(8,6)",
+            "val_dataloader.dataset.scenes=(8,6)",
+            "model.backbone.depths=(1,1,1,1)",
+        )
+    ),
 )
+NO_GOALS = dict.fromkeys(TASKS, 0.0)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "report"
-    result = run(folder, seed=3, settings=SHORT, goal=0.0, quiet=True)
+    result = run(folder, seed=3, settings=SHORT, goals=NO_GOALS, quiet=True)
     assert result.report == folder / "report.html"
     assert result.run == folder / "runs" / "001"
-    assert 0 <= result.accuracy <= 100
+    assert list(result.figures) == ["digits", "detect", "segment"]
+    assert all(0 <= figure <= 100 for figure in result.figures.values())
     return folder
 
 
-def test_the_report_tells_the_run(folder: Path) -> None:
-    page = (folder / "report.html").read_text(encoding="utf-8")
-    confusion = json.loads((folder / "runs" / "001" / "test" / "confusion.json").read_text())["matrix"]
-    total, right = int(np.sum(confusion)), int(np.trace(confusion))
-    assert f"It reads {right} of {total} digits" in page
+@pytest.fixture(scope="module")
+def page(folder: Path) -> str:
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def confusion(run_folder: Path) -> np.ndarray:
+    return np.array(json.loads((run_folder / "test" / "confusion.json").read_text())["matrix"])
+
+
+def last_check(run_folder: Path) -> dict[str, float]:
+    return [record for record in read_log(run_folder) if record["kind"] == "val"][-1]
+
+
+def test_the_report_tells_the_runs(folder: Path, page: str) -> None:
+    counts = confusion(folder / "runs" / "001" / "digits")
+    assert f"It reads {np.trace(counts)} of {counts.sum()} digits" in page
     assert "Seed 3" in page
     assert page == (folder / "runs" / "001" / "report.html").read_text(encoding="utf-8")
+    for anchor in ("classify", "detect", "segment", "around"):
+        assert f'<article id="{anchor}"' in page
 
 
-def test_prediction_from_files_agrees_with_the_evaluation(folder: Path) -> None:
-    page = (folder / "report.html").read_text(encoding="utf-8")
-    confusion = json.loads((folder / "runs" / "001" / "test" / "confusion.json").read_text())["matrix"]
-    wrong = int(np.sum(confusion) - np.trace(confusion))
+def test_prediction_from_files_agrees_with_the_evaluation(folder: Path, page: str) -> None:
+    counts = confusion(folder / "runs" / "001" / "digits")
     told = re.search(r"All (\d+) held-out images, one class a row; (\d+) were answered wrongly", page)
     assert told is not None
-    assert tuple(map(int, told.groups())) == (int(np.sum(confusion)), wrong)
+    assert tuple(map(int, told.groups())) == (counts.sum(), counts.sum() - np.trace(counts))
 
 
 def test_the_held_out_digits_lie_there_as_files(folder: Path) -> None:
-    files = sorted((folder / "runs" / "001" / "held-out").glob("*.png"))
-    confusion = json.loads((folder / "runs" / "001" / "test" / "confusion.json").read_text())["matrix"]
-    assert len(files) == int(np.sum(confusion))
+    digits = folder / "runs" / "001" / "digits"
+    files = sorted((digits / "held-out").glob("*.png"))
+    assert len(files) == confusion(digits).sum()
     assert re.fullmatch(r"\d{4}_[a-z]+\.png", files[0].name)
 
 
-def test_a_missed_goal_is_an_error_after_the_report(folder: Path) -> None:
-    earlier = (folder / "runs" / "001" / "report.html").read_bytes()
-    with pytest.raises(GoalMissed, match=r"reached .* instead of 100.5 %; .*report.html shows what happened"):
-        run(folder, settings=SHORT, goal=100.5, quiet=True)
-    assert "Goal missed" in (folder / "report.html").read_text(encoding="utf-8")
-    assert (folder / "runs" / "001" / "report.html").read_bytes() == earlier, "an earlier run stays as it was"
+@pytest.mark.parametrize(("run_name", "figure"), [("shapes_detect", "box_AP50"), ("shapes_segment", "mIoU")])
+def test_figures_are_those_of_the_log(folder: Path, page: str, run_name: str, figure: str) -> None:
+    logged = last_check(folder / "runs" / "001" / run_name)[figure]
+    assert f"<b>{logged:.2f} <small>%</small></b>" in page, (
+        "the evaluation of the last epoch's checkpoint says the same"
+    )
+
+
+def test_a_detector_fares_by_class_as_its_evaluation_says(folder: Path, page: str) -> None:
+    run_folder = folder / "runs" / "001" / "shapes_detect"
+    truth = json.loads((folder / "data" / "shapes_detect" / "annotations" / "instances_val.json").read_text())
+    rows = json.loads((run_folder / "test" / "per_class.json").read_text())["rows"]
+    own = [o for o in truth["annotations"] if not o["iscrowd"]]
+    assert f"of {len(own)} shapes in {len(truth['images'])} scenes" in page
+    assert sum(row["objects"] for row in rows) == len(own)
+    for row in rows:
+        precision = "none" if row["box_AP50"] is None else f"{row['box_AP50']:.1f}"
+        assert f"<th scope='row'>{row['name']}</th><td>{row['objects']}</td>\n<td>{precision}</td>" in page
+
+
+def test_iou_by_class_follows_from_the_confusion(folder: Path, page: str) -> None:
+    counts = confusion(folder / "runs" / "001" / "shapes_segment")
+    right = counts.diagonal()
+    ious = 100 * right / np.maximum(counts.sum(0) + counts.sum(1) - right, 1)
+    for iou in ious:
+        assert f"<b>{iou:.1f} %</b>" in page
+
+
+def test_a_task_can_run_alone_and_the_generated_images_are_kept(folder: Path) -> None:
+    earlier = {path: path.stat().st_mtime_ns for path in (folder / "data").rglob("*.jpg")}
+    assert len(earlier) == 2 * (8 + 6)
+    result = run(folder, tasks=("segment",), settings=SHORT, goals=NO_GOALS, quiet=True)
+    assert {path: path.stat().st_mtime_ns for path in (folder / "data").rglob("*.jpg")} == earlier
+    page = result.report.read_text(encoding="utf-8")
+    assert "One small model" in page
+    assert '<article id="detect"' not in page
+    assert (result.run / "shapes_segment" / "config.py").is_file()
+
+
+def test_a_missed_goal_is_an_error_after_the_report(tmp_path: Path) -> None:
+    run(tmp_path, tasks=("digits",), settings=SHORT, goals={"digits": 0}, quiet=True)
+    earlier = (tmp_path / "runs" / "001" / "report.html").read_bytes()
+    with pytest.raises(GoalMissed, match=r"reached accuracy .* instead of 100.5 %; .*report.html shows what happened"):
+        run(tmp_path, tasks=("digits",), settings=SHORT, goals={"digits": 100.5}, quiet=True)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "✗ Goal missed: accuracy on held-out digits" in page
+    assert (tmp_path / "runs" / "001" / "report.html").read_bytes() == earlier, "an earlier run stays as it was"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        (("digit",), "the demo has no task 'digit'; did you mean 'digits'?"),
+        ((), "tasks must name one or more of digits, detect, segment, each once; got none"),
+        (("detect", "detect"), "each once; got detect, detect"),
+    ],
+)
+def test_tasks_that_are_not_there_are_refused(tmp_path: Path, tasks: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(tmp_path, tasks=tasks, quiet=True)
+    assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+BOX = [10, 10, 20, 20]
+
+
+@pytest.mark.parametrize(
+    ("detections", "expected"),
+    [
+        ([], (0, 0)),
+        ([(BOX, 1, 0.9)], (1, 0)),
+        ([(BOX, 1, 0.9), ([12, 10, 20, 20], 1, 0.8)], (1, 1)),
+        ([(BOX, 2, 0.9)], (0, 1)),
+        ([([25, 25, 20, 20], 1, 0.9)], (0, 1)),
+        ([([62, 62, 10, 10], 1, 0.9)], (0, 0)),
+    ],
+    ids=["nothing", "right", "twice", "another class", "elsewhere", "in a crowd"],
+)
+def test_counts_what_was_found(detections: list[tuple[list[int], int, float]], expected: tuple[int, int]) -> None:
+    truth = {
+        "annotations": [
+            {"image_id": 1, "bbox": BOX, "category_id": 1, "iscrowd": 0},
+            {"image_id": 1, "bbox": [60, 60, 40, 40], "category_id": 2, "iscrowd": 1},
+            {"image_id": 2, "bbox": BOX, "category_id": 1, "iscrowd": 0},
+        ]
+    }
+    records = [{"image_id": 1, "bbox": box, "category_id": k, "score": score} for box, k, score in detections]
+    counted = tally(truth, records)
+    assert (counted.objects, counted.found, counted.invented) == (2, *expected)
 
 
 def test_heat_follows_the_stage_that_the_class_reads() -> None:

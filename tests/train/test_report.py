@@ -11,9 +11,24 @@ import numpy as np
 import pytest
 
 from vizoo.train.charts import Bar, Line, bar_chart, heat_overlay, line_chart, nice_ticks, png_uri
-from vizoo.train.classifier_page import CLASSIFICATION, classification_page
-from vizoo.train.findings import Example, Findings, Gaze, Speed
-from vizoo.train.report import Page, Section, render, seconds
+from vizoo.train.classifier_page import CLASSIFICATION
+from vizoo.train.demo_page import demo_page
+from vizoo.train.dense_page import DETECTION, SEGMENTATION
+from vizoo.train.findings import (
+    Course,
+    DetectionFindings,
+    Example,
+    Findings,
+    Gaze,
+    LabelledScene,
+    Objects,
+    Scene,
+    SegmentationFindings,
+    Speed,
+    Tally,
+)
+from vizoo.train.report import Chapter, Page, Section, render, seconds
+from vizoo.train.scenes import GROUND, colour, colour_map, object_card
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 CLASSES = ("zero", "one", "<two>")
@@ -26,8 +41,21 @@ def make_history(epochs: int = 4, batches: int = 5) -> list[dict[str, Any]]:
     for epoch in range(1, epochs + 1):
         facts = {"epoch": epoch, "iter": epoch * batches, "time": 100.0 + 2 * epoch}
         history.append({"kind": "train", "loss": 2 / epoch, "lr": 1e-3 / epoch, **facts})
-        history.append({"kind": "val", "loss": 1.5 / epoch, "top1": 100 - 40 / epoch, "top5": 100.0, **facts})
+        figures = {"top1": 100 - 40 / epoch, "top5": 100.0, "box_AP50": 70.0, "mask_AP50": 60.0, "mIoU": 65.0}
+        history.append({"kind": "val", "loss": 1.5 / epoch, **figures, **facts})
     return history
+
+
+COURSE: dict[str, Any] = {
+    "config": "demo/digits",
+    "model": "swin_tiny_patch4_window7_224",
+    "design": "A Swin with a stem of stride 2.",
+    "classes": CLASSES,
+    "seed": 7,
+    "history": make_history(),
+    "recipe": [("Optimiser", "AdamW")],
+}
+MACHINE = [("Processor", "A CPU"), ("Threads", "2"), ("vizoo", "0.1.0"), ("torch", "2.6")]
 
 
 def make_findings(**changes: Any) -> Findings:
@@ -44,16 +72,12 @@ def make_findings(**changes: Any) -> Findings:
     np.add.at(counts, ([e.label for e in examples], [e.answer for e in examples]), 1)
     heat = [generator.random((8, 8)) for _ in range(3)]
     found = Findings(
-        model="swin_tiny_patch4_window7_224",
-        design="A Swin with a stem of stride 2.",
+        **COURSE,
         subject="digits",
         parameters=560_000,
         macs=11_000_000,
-        classes=CLASSES,
-        seed=7,
         goal=90.0,
-        accuracy=100 * 28 / 30,
-        history=make_history(),
+        figures={"top1": 100 * 28 / 30},
         confusion=counts.tolist(),
         examples=examples,
         gaze=Gaze(examples=examples[:3], heat=heat, share=0.2, hidden_hot=40.0, hidden_random=80.0),
@@ -63,12 +87,60 @@ def make_findings(**changes: Any) -> Findings:
             Speed("inference", 64, 1234.0, 0.01),
             Speed("training", 64, 400.0, 0.0),
         ],
-        phases=[("training", 60.0), ("evaluation", 2.5)],
-        recipe=[("Optimiser", "AdamW")],
-        machine=[("Processor", "A CPU"), ("Threads", "2"), ("vizoo", "0.1.0"), ("torch", "2.6")],
-        commands=[("Look at an image", "vizoo predict image.png --checkpoint best.pth")],
+        machine=MACHINE,
     )
     return dataclasses.replace(found, **changes)
+
+
+def make_objects(count: int, **options: Any) -> Objects:
+    masks = np.zeros((count, 24, 32), bool)
+    masks[:, 4:12, 6:18] = True
+    masks[:, 7:9, 9:12] = False
+    boxes = np.tile(np.array([[6.0, 4.0, 18.0, 12.0]]), (count, 1))
+    return Objects(boxes=boxes, labels=np.arange(count) % 3, masks=masks, **options)
+
+
+def make_detection(**changes: Any) -> DetectionFindings:
+    image = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    rows = [
+        {"name": name, "objects": 4, "box_AP": 31.2, "box_AP50": 55.5, "mask_AP": 21.0, "mask_AP50": 44.4}
+        for name in CLASSES
+    ]
+    rows[1] |= {"objects": 0, "box_AP": None, "box_AP50": None, "mask_AP": None, "mask_AP50": None}
+    found = DetectionFindings(
+        **COURSE,
+        parameters=2_500_000,
+        goal=50.0,
+        figures={"box_AP50": 71.25, "box_AP": 40.0, "mask_AP50": 61.0, "mask_AP": 38.0},
+        per_class=rows,
+        images=9,
+        score=0.5,
+        tally=Tally(8, 6, 1),
+        scenes=[Scene(image=image, truth=make_objects(2), found=make_objects(1, scores=np.array([0.87])))] * 2,
+    )
+    return dataclasses.replace(found, **changes)
+
+
+def make_segmentation(**changes: Any) -> SegmentationFindings:
+    image = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    truth = np.zeros((24, 32), np.int64)
+    truth[5:15] = 2
+    found = SegmentationFindings(
+        **COURSE,
+        parameters=1_900_000,
+        goal=60.0,
+        figures={"mIoU": 65.5, "mAcc": 79.0, "aAcc": 93.8},
+        confusion=[[80, 10, 10], [5, 45, 0], [0, 0, 50]],
+        images=9,
+        scenes=[LabelledScene(image=image, truth=truth, found=np.zeros_like(truth))],
+    )
+    return dataclasses.replace(found, **changes)
+
+
+def make_page(*found: Course) -> str:
+    phases = [("digits, training", 60.0), ("digits, evaluation", 2.5)]
+    commands = [("Look at an image", "vizoo predict image.png --checkpoint best.pth")]
+    return render(demo_page(found, phases, MACHINE, commands))
 
 
 class Checker(HTMLParser):
@@ -106,15 +178,21 @@ def check(page: str) -> Checker:
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return render(classification_page(make_findings()))
+    return make_page(make_findings(), make_detection(), make_segmentation())
 
 
 def test_the_page_is_well_formed_and_has_every_section(page: str) -> None:
     seen = check(page)
-    anchors = {attributes["id"] for tag, attributes in seen.attributes if tag == "section"}
+    sections = {attributes["id"] for tag, attributes in seen.attributes if tag == "section"}
+    chapters = {attributes["id"] for tag, attributes in seen.attributes if tag == "article"}
     links = {(attributes["href"] or "")[1:] for tag, attributes in seen.attributes if tag == "a"}
-    assert anchors == links == {make(make_findings()).anchor for make in CLASSIFICATION}
-    assert len(anchors) == len(CLASSIFICATION)
+    made = {make(make_findings()).anchor for make in CLASSIFICATION}
+    made |= {make(make_detection()).anchor for make in DETECTION}
+    made |= {make(make_segmentation()).anchor for make in SEGMENTATION}
+    assert chapters == {"classify", "detect", "segment", "around"}
+    assert sections == made | {"time", "onward"}
+    assert links == sections | chapters
+    assert len(made) == len(CLASSIFICATION) + len(DETECTION) + len(SEGMENTATION)
 
 
 def test_the_page_asks_for_nothing_else(page: str) -> None:
@@ -141,15 +219,93 @@ def test_ids_are_unique(page: str) -> None:
 
 
 def test_the_head_states_the_figures(page: str) -> None:
-    text = check(page).text
-    for stated in ("28 of 30", "93.33", "0.56", "Seed 7", "8.0 seconds", "1,234", "Goal reached"):
+    text = check(page.partition("<nav")[0] + "</body></html>").text
+    for stated in (
+        "Three small models",
+        "93.33",
+        "71.25",
+        "65.50",
+        "Seed 7",
+        "goal 90",
+        "goal 50",
+        "Every goal reached",
+    ):
         assert stated in text, stated
 
 
-def test_a_missed_goal_is_said() -> None:
-    text = check(render(classification_page(make_findings(goal=97.0)))).text
-    assert "Goal missed: it was at least 97 %" in text
-    assert "Goal reached" not in text
+@pytest.mark.parametrize(
+    "stated",
+    [
+        "28 of 30",
+        "0.56",
+        "8.0 seconds",
+        "1,234",
+        "finds 6 of 8 shapes in 9 scenes",
+        "labels 93.8 %",
+        "44.4",
+        "no benchmark",
+    ],
+)
+def test_the_chapters_state_the_figures(page: str, stated: str) -> None:
+    assert stated in check(page.partition("</nav>")[2].partition("</body>")[0]).text
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (make_findings(goal=97.0), "accuracy on held-out digits"),
+        (make_detection(goal=75.0), "box AP50 on held-out scenes"),
+        (make_segmentation(goal=66.0), "mIoU on held-out scenes"),
+    ],
+    ids=["digits", "detection", "segmentation"],
+)
+def test_a_missed_goal_is_said(found: Course, told: str) -> None:
+    text = check(make_page(found)).text
+    assert f"Goal missed: {told}" in text, "at the top"
+    assert f"Goal missed: it was at least {found.goal:g} %" in text, "in its chapter"
+    assert "oal reached" not in text
+
+
+def test_one_task_makes_a_page_of_its_own() -> None:
+    text = check(make_page(make_segmentation())).text
+    assert "One small model" in text
+    assert "It labels every pixel" in text
+    assert "Mask R-CNN" not in text
+
+
+def test_objects_are_drawn_with_their_names_and_scores(page: str) -> None:
+    scene = make_detection().scenes[0]
+    drawn = object_card(scene, CLASSES, "scene", "two objects")
+    seen = check(drawn)
+    assert sum(tag == "svg" for tag, _ in seen.attributes) == 3
+    assert sum(tag == "image" for tag, _ in seen.attributes) == 1, "the photograph is there once"
+    assert [attributes["href"] for tag, attributes in seen.attributes if tag == "use"] == ["#scene", "#scene"]
+    boxes = [attributes for tag, attributes in seen.attributes if tag == "rect"]
+    assert [(b["x"], b["y"], b["width"], b["height"]) for b in boxes] == [("6.0", "4.0", "12.0", "8.0")] * 3
+    assert "zero 0.87" in seen.text
+    outline = next(attributes["d"] for tag, attributes in seen.attributes if tag == "path")
+    assert outline is not None
+    assert outline.count("M") == 2, "a mask with a hole has two outlines"
+
+
+def test_a_scene_without_objects_is_drawn_too() -> None:
+    scene = dataclasses.replace(make_detection().scenes[0], found=make_objects(0, scores=np.zeros(0)))
+    text = check(make_page(make_detection(scenes=[scene]))).text
+    assert "2 objects, no detections" in text
+
+
+def test_colours_of_a_map_are_those_of_the_legend() -> None:
+    drawn = colour_map(np.array([[0, 1], [2, 255]]), [GROUND, colour(0), colour(1)])
+    assert ["#" + bytes(pixel.tolist()).hex() for pixel in drawn.reshape(-1, 3)] == [
+        GROUND,
+        colour(0),
+        colour(1),
+        "#000000",
+    ]
+
+
+def test_iou_of_each_class() -> None:
+    assert make_segmentation().ious == pytest.approx([100 * 80 / 105, 100 * 45 / 60, 100 * 50 / 60])
 
 
 def test_names_are_escaped(page: str) -> None:
@@ -168,13 +324,15 @@ def test_no_mistake_is_said_too() -> None:
     examples = [e for e in make_findings().examples if e.is_right]
     counts = np.diag([sum(e.label == k for e in examples) for k in range(3)]).tolist()
     found = make_findings(examples=examples, confusion=counts, plane=np.random.default_rng(0).normal(size=(28, 2)))
-    assert "no mistake" in check(render(classification_page(found))).text
+    assert "no mistake" in check(make_page(found)).text
 
 
-def test_a_page_takes_other_sections() -> None:
+def test_a_page_takes_other_chapters() -> None:
     own = Section("boxes", "Boxes", "What was found.", bar_chart([Bar("mAP", 0.0, "0")], title="Scores"))
-    text = render(Page(title="T", eyebrow="E", lead="L", met=True, verdict="V", tiles=[], sections=[own], footer="F"))
+    part = Chapter(anchor="depth", name="Depth", title="T", lead="L", sections=[own])
+    text = render(Page(title="T", eyebrow="E", lead="L", met=True, verdict="V", tiles=[], chapters=[part], footer="F"))
     assert 'id="boxes"' in text
+    assert text.count('class="verdict') == 1, "a chapter without a goal has no verdict"
     check(text)
 
 
