@@ -62,7 +62,7 @@ def test_labels_follow_ascending_category_ids(write: Write) -> None:
     data = write(record(1), record(2, category_id=90), record(3, category_id=44))
     assert data.classes == ["car", "bottle", "brush"]
     assert data.category_ids.tolist() == [3, 44, 90]
-    assert data.metainfo == {"classes": ("car", "bottle", "brush")}
+    assert data.metainfo == {"classes": ("car", "bottle", "brush"), "category_ids": (3, 44, 90)}
     assert data[0]["target"]["labels"].tolist() == [0, 2, 1]
 
 

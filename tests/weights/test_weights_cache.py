@@ -288,6 +288,21 @@ def test_import_lacking_the_container(unpublished: Weights, file: Path, left_beh
     assert left_behind(unpublished) == set()
 
 
+def test_import_with_a_check_of_the_callers_own(unpublished: Weights, file: Path, left_behind: Names) -> None:
+    seen: list[bytes] = []
+
+    def refuse(copy: Path) -> None:
+        seen.append(copy.read_bytes())
+        raise ValueError("not what I want")
+
+    with pytest.raises(ValueError, match="not what I want"):
+        import_file(unpublished, file, check=refuse)
+    assert seen == [file.read_bytes()]
+    assert left_behind(unpublished) == set()
+    assert import_file(unpublished, file, check=lambda copy: seen.append(copy.read_bytes())).exists()
+    assert len(seen) == 2
+
+
 def test_import_needs_the_same_consent(manual: Weights, file: Path) -> None:
     manual = replace(manual, license=NOT_STATED)
     with pytest.raises(LicenseError, match="explicit consent"):

@@ -20,6 +20,7 @@ import vizoo
 from vizoo.cli import main
 from vizoo.labels import class_names
 from vizoo.registry import resolve
+from vizoo.train.dense_weights import list_dense
 from vizoo.weights.cache import path_of
 
 COMMANDS = ("list", "describe", "predict", "train", "test", "benchmark", "weights", "demo", "configs")
@@ -363,7 +364,8 @@ def test_benchmark_mistakes(run: Vizoo, tiny_model: str, monkeypatch: pytest.Mon
 
 def test_weights_list_and_path(run: Vizoo, installed: str, own_home: Path) -> None:
     found = {entry["name"]: entry for entry in json.loads(run("weights", "list", "--json").out)}
-    assert found.keys() == set(vizoo.list_models(pretrained=True))
+    whole = {record.name for record in list_dense()}
+    assert found.keys() == {*vizoo.list_models(pretrained=True), *whole}
     assert [name for name, entry in found.items() if entry["cached"]] == [f"{installed}.plain"]
     result = run("weights", "list", "--cached")
     assert re.search(rf"^ {installed}\.plain +MIT +no +yes +http://127\.0\.0\.1:9/tiny\.pth", result.out, re.MULTILINE)
@@ -399,7 +401,7 @@ def test_weights_download_keeps_what_is_there(run: Vizoo, installed: str) -> Non
 def test_weights_mistakes(
     run: Vizoo, tiny_model: str, official_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fails(run("weights", "list", "nothing"), "no weights match 'nothing'; `vizoo list --weights` shows all")
+    fails(run("weights", "list", "nothing"), "no weights match 'nothing'; `vizoo weights list` shows all")
     fails(run("weights", "path", "swin_tny"), "unknown model 'swin_tny'")
     fails(run("weights", "import", tiny_model, tmp_path / "none.pth"), r"no file to import at .*none\.pth")
     (tmp_path / "page.pth").write_text("<html>sign in first</html>")

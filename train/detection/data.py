@@ -123,8 +123,8 @@ class CocoDetection(Dataset[Item]):
 
     @property
     def metainfo(self) -> dict[str, Any]:
-        """What mmengine hands to metrics: the class names."""
-        return {"classes": self.annotations.classes}
+        """What mmengine hands to metrics and keeps in checkpoints: the class names, and COCO's ids of them."""
+        return {"classes": self.annotations.classes, "category_ids": tuple(self.category_ids.tolist())}
 
     def report(self) -> str:
         """One line: images, objects, and what was dropped and why."""
