@@ -1,4 +1,4 @@
-"""A data set that draws from every random generator, and a config that trains a tiny Swin on it in a second."""
+"""A data set that draws from every random generator, and configs that train tiny models in a second or two."""
 
 from __future__ import annotations
 
@@ -101,6 +101,79 @@ randomness = dict(seed=0)
 device = "cpu"
 compile = False
 """
+
+# The published recipes on generated shapes of 64 pixels.
+_DENSE = """
+from mmengine.config import read_base
+
+with read_base():
+    from vizoo.configs.{base} import *
+
+model["backbone"].update(
+    pretrained=False, img_size=64, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), window_size=4
+)
+train_dataloader.update(num_workers=0, pin_memory=False)
+val_dataloader.update(num_workers=0, pin_memory=False)
+default_hooks["logger"].update(interval=1)
+default_hooks["checkpoint"].update(keep=99)
+optim_wrapper.update(dtype="float32", clip_grad=dict(max_norm=5.0))
+optim_wrapper["optimizer"].update(lr=8e-3)
+randomness = dict(seed=1)
+device = "cpu"
+"""
+DETECTOR = (
+    _DENSE.format(base="coco.mask_rcnn_1x")
+    + """
+model.update(
+    num_classes=6, channels=16, rpn=dict(anchor_scale=3.0, train_per_level=50, train_kept=50, test_kept=20),
+    box=dict(hidden=(32,), samples=32), mask=dict(hidden=(16,)),
+)
+train_dataloader["dataset"].update(
+    images="data/coco/train", annotations="data/coco/annotations/instances_train.json",
+)
+train_dataloader["dataset"]["transform"].update(short=(48, 64), long=80, crop_short=(56, 64), crop=(40, 56))
+val_dataloader["dataset"].update(
+    images="data/coco/val", annotations="data/coco/annotations/instances_val.json",
+)
+val_dataloader["dataset"]["transform"].update(short=64, long=80)
+val_evaluator[0].update(annotations="data/coco/annotations/instances_val.json")
+train_cfg.update(max_epochs=2)
+param_scheduler[0].update(milestones=(1,), warmup=3)
+default_hooks["checkpoint"].update(iters=3)
+"""
+)
+SEGMENTER = (
+    _DENSE.format(base="ade20k.upernet_160k")
+    + """
+names = ("background", "rectangle", "ellipse", "triangle", "star", "ring", "cross")
+model.update(num_classes=7, pad_size=(64, 64))
+model["decode_head"].update(channels=16)
+model["auxiliary_head"].update(channels=8)
+train_dataloader["dataset"].update(classes=names)
+train_dataloader["dataset"]["transform"].update(scale=(80, 64), crop=64)
+val_dataloader["dataset"].update(classes=names)
+val_dataloader["dataset"]["transform"].update(scale=(80, 64))
+train_cfg.update(max_iters=7, val_interval=3)
+param_scheduler[0].update(warmup=2)
+default_hooks["checkpoint"].update(iters=3)
+"""
+)
+
+
+@pytest.fixture(scope="session")
+def dense_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """Config and `data_root=...` of a tiny `detector` and `segmenter` on 10 training and 5 other scenes."""
+    from vizoo.train.shapes import write_ade, write_coco
+
+    root = tmp_path_factory.mktemp("shapes")
+    for split, count in (("train", 10), ("val", 5)):
+        write_coco(root / "coco", count, size=64, split=split)
+        write_ade(root / "ade", count, size=64, split=split)
+    found = {}
+    for name, text, data in (("detector", DETECTOR, "coco"), ("segmenter", SEGMENTER, "ade")):
+        (root / f"{name}.py").write_text(text)
+        found[name] = (root / f"{name}.py", f"data_root={root / data}")
+    return found
 
 
 @pytest.fixture(scope="session")

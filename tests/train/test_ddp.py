@@ -1,4 +1,5 @@
-"""Two processes by torchrun over gloo: the weights of one process with the same global batch, and an exact resume."""
+"""Two processes by torchrun over gloo: the weights of one process with the same global batch, an exact resume, and all
+three tasks."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import torch
 
 from vizoo.train.checkpoint import read_checkpoint
 from vizoo.train.log import read_log
+from vizoo.train.run import evaluate
 
 Run = Callable[..., Path]
 
@@ -112,3 +114,53 @@ def test_evaluation_by_two_processes(launched: dict[str, Path]) -> None:
     best = max((r for r in read_log(launched["cut"]) if r["kind"] == "val"), key=lambda r: r["top1"])
     assert figures["top1"] == pytest.approx(best["top1"])
     assert sum(map(sum, json.loads((launched["test"] / "confusion.json").read_text())["matrix"])) == 21
+
+
+# Each process leaves what it has at the end, so that they can be compared.
+DENSE = """
+import json, os, sys
+import torch
+from vizoo.train import run
+from vizoo.train.checkpoint import unwrap
+
+ends = []
+leave = run.Trainer.train
+run.Trainer.train = lambda self: (leave(self), ends.append(unwrap(self.model).state_dict()))[0]
+for folder, (config, settings) in json.loads(sys.argv[1]).items():
+    run.train(config, settings, work_dir=folder, quiet=True)
+    torch.save(ends.pop(), os.path.join(folder, f"end_{os.environ['RANK']}.pt"))
+"""
+
+
+@pytest.fixture(scope="module")
+def dense_launched(dense_runs: dict[str, tuple[Path, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A detector and a segmenter trained by two processes of one launch: 10 scenes are 2 batches of 2 for each."""
+    root = tmp_path_factory.mktemp("dense_ddp")
+    (root / "launch.py").write_text(DENSE)
+    length = {"detector": "epochs=2", "segmenter": "iters=3"}
+    jobs = {str(root / kind): (str(config), [data, length[kind]]) for kind, (config, data) in dense_runs.items()}
+    torchrun(str(root / "launch.py"), json.dumps(jobs))
+    return root
+
+
+@pytest.mark.parametrize("kind", ["detector", "segmenter"])
+def test_dense_models_are_the_same_in_all_processes(dense_launched: Path, kind: str) -> None:
+    """Parameters are, since gradients are averaged; statistics of batch norms, since they are, too."""
+    ends = [torch.load(dense_launched / kind / f"end_{rank}.pt", weights_only=True) for rank in range(2)]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    moved = [name for name, value in ends[0].items() if name.endswith("running_mean") and value.abs().max() > 0]
+    assert bool(moved) == (kind == "segmenter")
+    assert (
+        len([r for r in read_log(dense_launched / kind) if r["kind"] == "train"])
+        == {"detector": 4, "segmenter": 3}[kind]
+    )
+
+
+@pytest.mark.parametrize("kind", ["detector", "segmenter"])
+def test_dense_figures_of_two_processes_are_those_of_one(dense_launched: Path, kind: str, tmp_path: Path) -> None:
+    """5 images do not divide by two, and the last one's statistics are the saved ones."""
+    folder = dense_launched / kind
+    (newest,) = {(folder / "last_checkpoint").read_text().strip()}
+    found = evaluate(folder / "config.py", folder / newest, work_dir=tmp_path / "test", quiet=True)
+    last = [r for r in read_log(folder) if r["kind"] == "val"][-1]
+    assert found == pytest.approx({name: last[name] for name in found}, abs=1e-6)
