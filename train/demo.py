@@ -169,7 +169,7 @@ def _last(folder: Path) -> Path:
 
 def _write_report(output: Path, folder: Path, found: Mapping[str, Course], clock: Clock) -> Path:
     report = output / REPORT
-    page = demo_page(list(found.values()), clock.phases, machine_in_words(), _commands(folder, list(found)))
+    page = demo_page(list(found.values()), clock.phases, machine_in_words(), _commands(output, folder, list(found)))
     content = render(page).encode()
     for path in (folder / REPORT, report):
         write_atomically(path, content)
@@ -201,21 +201,17 @@ def _new_folder(parent: Path) -> Path:
     raise AssertionError("unreachable: count() is endless")
 
 
-def _commands(folder: Path, tasks: Sequence[str]) -> list[tuple[str, str]]:
+def _commands(output: Path, folder: Path, tasks: Sequence[str]) -> list[tuple[str, str]]:
     """What one may want to do next, and the command."""
     model = "swin_tiny_patch4_window7_224"
     own = {"train_dataloader.dataset.root": "FOLDER", "val_dataloader.dataset.root": "FOLDER"}
     own |= {"model.backbone.num_classes": "N", "model.mixup.num_classes": "N"}
     runs = {name: folder / TASKS[name].folder for name in tasks}
-    commands = []
-    if "digits" in runs:
-        held_out, checkpoint = runs["digits"] / demo_digits.HELD_OUT, _last(runs["digits"])
-        ask = f"vizoo predict {held_out} --checkpoint {checkpoint}"
-        commands.append(("Ask the classifier about its held-out digits, or a file of yours", ask))
+    ask = [_ask(name, path, output / DATA / TASKS[name].folder) for name, path in runs.items()]
     again = "\n".join(f"vizoo test {path / SAVED_CONFIG} {_last(path)}" for path in runs.values())
     longer = "\n".join(f"vizoo train {TASKS[name].config} --set train_cfg.max_epochs={_longer(name)}" for name in runs)
     return [
-        *commands,
+        ("Ask the models about held-out images, or files of yours", "\n".join(ask)),
         ("Evaluate again", again),
         ("Train for longer", longer),
         ("See the models of the zoo, and one of them closely", f"vizoo list\nvizoo describe {model}"),
@@ -225,6 +221,16 @@ def _commands(folder: Path, tasks: Sequence[str]) -> list[tuple[str, str]]:
             f"vizoo train imagenet/{model} {_set(own)}",
         ),
     ]
+
+
+def _ask(name: str, run_folder: Path, data: Path) -> str:
+    """The command that predicts the held-out images of a task."""
+    if name == "digits":
+        return f"vizoo predict {run_folder / demo_digits.HELD_OUT} --checkpoint {_last(run_folder)}"
+    images = data / {"detect": "val", "segment": "images/validation"}[name]
+    return (
+        f"vizoo predict {images} --task {name} --checkpoint {_last(run_folder)} --output {run_folder / 'predictions'}"
+    )
 
 
 def _longer(name: str) -> int:

@@ -30,7 +30,6 @@ def detection_chapter(found: DetectionFindings) -> Chapter:
         verdict=_verdict(found, "box AP50 on the held-out scenes"),
         tiles=[
             Tile("box AP50, held out", f"{found.figures['box_AP50']:.1f}", "%"),
-            Tile("box AP", f"{found.figures['box_AP']:.1f}", "%"),
             Tile("mask AP50", f"{found.figures['mask_AP50']:.1f}", "%"),
             *_run_tiles(found),
         ],

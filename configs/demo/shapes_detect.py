@@ -23,7 +23,7 @@ with read_base():
 
 device = "cpu"
 data_root = "data/shapes_detect"
-scenes = dict(type=ShapesDetection, root=data_root, scenes=(600, 100), size=128, seed=0, masks=True)
+scenes = dict(type=ShapesDetection, root=data_root, scenes=(520, 100), size=128, seed=0, masks=True)
 
 model: dict[str, Any] = dict(
     type=MaskRCNN,
@@ -86,6 +86,6 @@ param_scheduler: list[dict[str, Any]] = [
         convert_to_iter_based=True,
     )
 ]
-# An epoch has 75 updates.
-default_hooks["logger"].update(interval=15)
+# An epoch has 65 updates.
+default_hooks["logger"].update(interval=13)
 default_hooks["checkpoint"].update(best="box_AP50")

@@ -106,6 +106,18 @@ def test_a_detector_fares_by_class_as_its_evaluation_says(folder: Path, page: st
         assert f"<th scope='row'>{row['name']}</th><td>{row['objects']}</td>\n<td>{precision}</td>" in page
 
 
+def test_the_report_says_how_to_ask_each_model(folder: Path, page: str) -> None:
+    runs, data = folder / "runs" / "001", folder / "data"
+    for told in (
+        f"vizoo predict {runs}/digits/held-out --checkpoint {runs}/digits/epoch_1.pth",
+        f"vizoo predict {data}/shapes_detect/val --task detect --checkpoint {runs}/shapes_detect/epoch_2.pth",
+        f"vizoo predict {data}/shapes_segment/images/validation --task segment --checkpoint {runs}/shapes_segment/",
+    ):
+        assert told in page
+        words = told.split()
+        assert Path(words[2]).is_dir()
+
+
 def test_iou_by_class_follows_from_the_confusion(folder: Path, page: str) -> None:
     counts = confusion(folder / "runs" / "001" / "shapes_segment")
     right = counts.diagonal()
