@@ -109,7 +109,7 @@ def ensure_set(
     if len(scenes) != len(SPLITS):
         raise ValueError(f"scenes must be the number of training and of held-out scenes, got {tuple(scenes)}")
     wanted = {"layout": write.__name__.removeprefix("write_"), "scenes": list(scenes), "size": size, "seed": seed}
-    if not root.exists():
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         _write_set(root, write, wanted)
     found = _described(root)
     if found != wanted:
@@ -127,7 +127,7 @@ def _write_set(root: Path, write: Callable[..., Path], wanted: Mapping[str, Any]
         try:
             part.rename(root)
         except OSError:
-            if not root.exists():  # otherwise another process was faster
+            if not (root / DESCRIPTION).is_file():  # otherwise another process was faster
                 raise
     finally:
         shutil.rmtree(part, ignore_errors=True)

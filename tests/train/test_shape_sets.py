@@ -42,7 +42,7 @@ def test_a_set_is_written_once(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
 
 
-def test_an_interrupted_set_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_set_leaves_nothing(tmp_path: Path) -> None:
     def interrupted(*args: Any, split: str, **options: Any) -> Path:
         if split == "val":
             raise KeyboardInterrupt
@@ -51,6 +51,11 @@ def test_an_interrupted_set_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         ensure_set(tmp_path / "shapes", interrupted, **SMALL)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    assert ensure_set(tmp_path, write_coco, **SMALL) == tmp_path
+    assert annotation_file(tmp_path).is_file()
 
 
 def test_a_set_that_another_process_wrote_first_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
