@@ -213,6 +213,7 @@ class Checkpoints(PlainCheckpoint):
         self._due |= self.iters > 0 and (done % self.iters == 0 or last)
         if self._due and just_updated(runner):
             self._due = False
+            runner.call_hook("before_whole_checkpoint")
             self._save(runner, f"iter_{done}.pth", epoch=runner.epoch, iteration=done)
 
     def after_train_epoch(self, runner: Runner) -> None:

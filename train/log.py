@@ -80,7 +80,7 @@ class RunLog(Hook):
         self._losses: list[Tensor] = []
         self._images = 0
         self._since = self._started = self._paused = 0.0
-        self._first_iter = 0
+        self._first_iter = self._latest = 0
         self._last: dict[str, Any] = {}
         self._epoch: list[Tensor] = []
         self._bad = FirstBad()
@@ -117,7 +117,8 @@ class RunLog(Hook):
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Keep the loss; close the window when it is full."""
         self._losses.append(outputs["loss"].detach())
-        self._bad.look(runner.iter + 1, data_batch, outputs)
+        self._latest = runner.iter + 1
+        self._bad.look(self._latest, data_batch, outputs)
         self._images += len(data_batch.get("inputs", data_batch.get("images", ()))) * get_world_size()
         ends = batch_idx + 1 == len(runner.train_dataloader) or runner.iter + 1 == runner.max_iters
         if ends or (runner.iter + 1) % self.interval == 0:
@@ -133,6 +134,7 @@ class RunLog(Hook):
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Start the validation's bar."""
+        self.before_whole_checkpoint(runner)
         self._paused = time.perf_counter()
         self.line.begin("validating", len(runner.val_dataloader))
 
@@ -141,10 +143,10 @@ class RunLog(Hook):
         self._report(runner, "test", runner.test_dataloader)
         self.line.begin("testing", len(runner.test_dataloader))
 
-    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Look at the losses of an unfinished window before anything is saved."""
+    def before_whole_checkpoint(self, runner: Runner) -> None:
+        """Look at the losses of an unfinished window before they are saved; `Checkpoints` calls it in every process."""
         if self._losses:
-            self._require_finite(torch.stack(self._losses).float().cpu(), runner)
+            self._window(runner)
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Move the bar."""
@@ -173,11 +175,23 @@ class RunLog(Hook):
         self.line.end()
         runner.visualizer.close()
 
-    def _close_window(self, runner: Runner) -> None:
+    def _window(self, runner: Runner) -> Tensor:
+        """Losses of the window, means over the processes; all of them raise together if one is not a number."""
         losses = torch.stack(self._losses).float()
         all_reduce(losses, "mean")
         values = losses.cpu()
-        self._require_finite(values, runner)
+        bad = (~torch.isfinite(values)).nonzero()
+        if len(bad):
+            iteration = self._latest + 1 - len(values) + int(bad[0])
+            raise FloatingPointError(
+                f"the loss is {values[bad[0]].item()} at iteration {iteration} (epoch {runner.epoch + 1}): no weights "
+                f"of it were saved; {self._bad.save(runner.work_dir)}. Look at the batch, or resume from the last "
+                "checkpoint with a lower learning rate, tighter clipping or dtype=float32"
+            )
+        return values
+
+    def _close_window(self, runner: Runner) -> None:
+        values = self._window(runner)
         now = time.perf_counter()
         norm = getattr(runner.optim_wrapper, "grad_norm", None)
         left = runner.max_iters - runner.iter - 1
@@ -219,17 +233,6 @@ class RunLog(Hook):
         report = getattr(dataloader.dataset, "report", None)
         if callable(report):
             self._say(runner, f"{what} set: {report()}")
-
-    def _require_finite(self, losses: Tensor, runner: Runner) -> None:
-        """Raise if one of the last losses, up to the present iteration, is not a number."""
-        bad = (~torch.isfinite(losses)).nonzero()
-        if len(bad):
-            iteration = runner.iter + 2 - len(losses) + int(bad[0])
-            raise FloatingPointError(
-                f"the loss is {losses[bad[0]].item()} at iteration {iteration} (epoch {runner.epoch + 1}): no weights "
-                f"of it were saved; {self._bad.save(runner.work_dir)}. Look at the batch, or resume from the last "
-                "checkpoint with a lower learning rate, tighter clipping or dtype=float32"
-            )
 
     def _write(
         self, runner: Runner, kind: str, epoch: int, figures: dict[str, Any], iteration: int | None = None

@@ -36,6 +36,10 @@ train(config, settings, work_dir=cut, quiet=True, resume=True)
 found = evaluate(Path(cut) / "config.py", Path(cut) / "best.pth", work_dir=jobs["test"], quiet=True)
 if os.environ["RANK"] == "0":
     Path(jobs["test"], "figures.json").write_text(json.dumps(found))
+try:
+    train(config, jobs["poisoned"], work_dir=jobs["bad"], quiet=True)
+except FloatingPointError as error:
+    Path(jobs["bad"], f"error_{os.environ['RANK']}.txt").write_text(str(error))
 """
 PLAIN = (
     "model.mixup=None",
@@ -48,6 +52,13 @@ PLAIN = (
 HALF = ("train_dataloader.batch_size=4", "val_dataloader.batch_size=4")
 OPTIMIZERS = ("SGD", "AdamW")
 POINT = "iter_7.pth"
+# Image 1 is the second process's, and a checkpoint is due long before the window of losses ends.
+POISON = (
+    "train_dataloader.dataset.poison=1",
+    "train_dataloader.sampler.shuffle=false",
+    "default_hooks.logger.interval=50",
+    "default_hooks.checkpoint.iters=2",
+)
 
 
 def torchrun(*arguments: str) -> None:
@@ -70,11 +81,12 @@ def optimized(name: str) -> tuple[str, ...]:
 def launched(small_config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The runs of one launch of two processes: `SGD`, `AdamW`, `whole`, and `cut`, which goes on inside an epoch."""
     root = tmp_path_factory.mktemp("ddp")
-    folders = {name: root / name for name in (*OPTIMIZERS, "whole", "cut", "test")}
+    folders = {name: root / name for name in (*OPTIMIZERS, "whole", "cut", "test", "bad")}
     runs: dict[str, Any] = {str(folders[name]): [*optimized(name), *HALF] for name in OPTIMIZERS}
     settings = [*HALF, "default_hooks.checkpoint.iters=7", "default_hooks.checkpoint.keep=99"]
     runs[str(folders["whole"])] = [*settings, "train_dataloader.num_workers=1"]
-    jobs = {"runs": runs, "whole": str(folders["whole"]), "cut": str(folders["cut"]), "test": str(folders["test"])}
+    jobs = {"runs": runs, **{name: str(folders[name]) for name in ("whole", "cut", "test", "bad")}}
+    jobs["poisoned"] = [*PLAIN, *HALF, *POISON]
     script = root / "launch.py"
     script.write_text(SCRIPT)
     torchrun(str(script), str(small_config), json.dumps({**jobs, "point": POINT}))
@@ -106,6 +118,17 @@ def test_resumes_exactly_inside_an_epoch(launched: dict[str, Path]) -> None:
     for part in ("state_dict", "ema_state_dict"):
         assert all(torch.equal(value, cut[part][name]) for name, value in whole[part].items())
     assert any(r["kind"] == "resume" and r["iter"] == 7 for r in read_log(launched["cut"]))
+
+
+def test_all_stop_at_a_loss_that_is_no_number(launched: dict[str, Path]) -> None:
+    """The process whose batch it was saves it."""
+    first, second = ((launched["bad"] / f"error_{rank}.txt").read_text() for rank in range(2))
+    assert "the loss is nan at iteration 1 " in first
+    assert "its batch was another process's, which saves it" in first
+    path = launched["bad"] / "bad_batch_1_process_1.pt"
+    assert f"its batch is in {path}" in second
+    assert torch.load(path, weights_only=True)["batch"]["inputs"][0].isnan().all()
+    assert not list(launched["bad"].glob("iter_*.pth"))
 
 
 def test_evaluation_by_two_processes(launched: dict[str, Path]) -> None:

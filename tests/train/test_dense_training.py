@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from vizoo.train.checkpoint import read_checkpoint
+from vizoo.train.finite import FirstBad
 from vizoo.train.log import read_log
 from vizoo.train.run import evaluate, train
 
@@ -123,7 +124,7 @@ def test_learns(start: Start) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_whose_loss_is_no_number_is_saved(start: Start, tmp_path: Path, kind: str) -> None:
-    settings = ("lr=1e30", "optim_wrapper.clip_grad=None", "param_scheduler=None", "default_hooks.logger.interval=4")
+    settings = ("lr=1e30", "optim_wrapper.clip_grad=None", "param_scheduler=None", "default_hooks.logger.interval=50")
     with pytest.raises(FloatingPointError, match=r"no weights of it were saved; its batch is in .*\.pt \(.*\.jpg, "):
         start(kind, "a", *settings)
     (path,) = (tmp_path / "a").glob("bad_batch_*.pt")
@@ -157,3 +158,13 @@ def test_iterations_that_are_none(start: Start) -> None:
 def test_sets_and_models_must_have_the_same_classes(start: Start) -> None:
     with pytest.raises(ValueError, match=r"has 6 classes, the model 80: set model\.num_classes=6"):
         start("detector", "a", "num_classes=80")
+
+
+@pytest.mark.gpu
+def test_a_bad_batch_is_found_on_a_gpu_without_waiting(tmp_path: Path) -> None:
+    bad = FirstBad()
+    for iteration, loss in enumerate((1.0, float("inf"), float("nan")), start=1):
+        images = [torch.full((3, 4, 4), iteration, dtype=torch.uint8)]
+        bad.look(iteration, {"images": images}, {"loss": torch.tensor(loss, device="cuda")})
+    assert bad.save(tmp_path) == f"its batch is in {tmp_path / 'bad_batch_2.pt'}"
+    assert int(torch.load(tmp_path / "bad_batch_2.pt", weights_only=True)["batch"]["images"][0].max()) == 2
