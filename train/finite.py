@@ -60,17 +60,19 @@ class FirstBad:
                 self._found = step
                 self._waiting.clear()
 
-    def save(self, folder: str | Path) -> str:
-        """Write the batch of this process, if there is one.
+    def save(self, folder: str | Path, iteration: int) -> str:
+        """Write the batch of this process if its loss at `iteration` was not finite.
+
+        Later ones do not count: one bad update spoils the weights of all processes.
 
         The file `bad_batch_<iteration>.pt` holds `iteration`, `losses` by name, `paths` of the images and `batch`, the
         very tensors; `torch.load(path, weights_only=True)` reads it.
 
         Returns:
-            Where it is, for a message; that it is another process's where this one has none.
+            Where it is, for a message; or that it was another process's.
         """
         self._settle(wait=True)
-        if self._found is None:
+        if self._found is None or self._found.iteration != iteration:
             return "its batch was another process's, which saves it"
         step = self._found
         rank = f"_process_{get_rank()}" if get_rank() else ""

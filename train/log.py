@@ -185,8 +185,8 @@ class RunLog(Hook):
             iteration = self._latest + 1 - len(values) + int(bad[0])
             raise FloatingPointError(
                 f"the loss is {values[bad[0]].item()} at iteration {iteration} (epoch {runner.epoch + 1}): no weights "
-                f"of it were saved; {self._bad.save(runner.work_dir)}. Look at the batch, or resume from the last "
-                "checkpoint with a lower learning rate, tighter clipping or dtype=float32"
+                f"of it were saved; {self._bad.save(runner.work_dir, iteration)}. Look at the batch, or resume from "
+                "the last checkpoint with a lower learning rate, tighter clipping or dtype=float32"
             )
         return values
 

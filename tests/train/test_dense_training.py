@@ -166,5 +166,5 @@ def test_a_bad_batch_is_found_on_a_gpu_without_waiting(tmp_path: Path) -> None:
     for iteration, loss in enumerate((1.0, float("inf"), float("nan")), start=1):
         images = [torch.full((3, 4, 4), iteration, dtype=torch.uint8)]
         bad.look(iteration, {"images": images}, {"loss": torch.tensor(loss, device="cuda")})
-    assert bad.save(tmp_path) == f"its batch is in {tmp_path / 'bad_batch_2.pt'}"
+    assert bad.save(tmp_path, 2) == f"its batch is in {tmp_path / 'bad_batch_2.pt'}"
     assert int(torch.load(tmp_path / "bad_batch_2.pt", weights_only=True)["batch"]["images"][0].max()) == 2
