@@ -5,7 +5,7 @@ Lines and letters grow with the image, and letters are black or white, whichever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ def draw_objects(
     width = line_width(image)
     order = np.argsort(scores, kind="stable")
     if masks is not None:
-        image = _with_masks(image, masks[order], colours[labels[order]], width)
+        image = _with_masks(image, ((masks[place], colours[labels[place]]) for place in order), width)
     drawn = image.copy()
     pen, font = ImageDraw.Draw(drawn), _font(image)
     for place in order:
@@ -80,9 +80,9 @@ def contrast(colour: Colour) -> str:
     return "black" if 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140 else "white"
 
 
-def _with_masks(image: Image.Image, masks: Array, colours: Array, width: int) -> Image.Image:
+def _with_masks(image: Image.Image, masks: Iterable[tuple[Array, Array]], width: int) -> Image.Image:
     pixels = np.array(image)
-    for mask, colour in zip(masks, colours, strict=True):
+    for mask, colour in masks:
         rows, columns = np.any(mask, axis=1).nonzero()[0], np.any(mask, axis=0).nonzero()[0]
         if not len(rows):
             continue

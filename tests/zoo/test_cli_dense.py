@@ -315,6 +315,43 @@ def test_test_takes_names_and_files(
     run("test", "some_config", DETECTOR + "_3x").fails(f"unknown weights .*; did you mean '{DETECTOR}'")
 
 
+CONFIG = f"""
+from mmengine.config import read_base
+
+with read_base():
+    from vizoo.configs.coco.mask_rcnn_1x import *
+
+model.update({", ".join(f"{key}={value!r}" for key, value in TABLE[0].model.items() if key != "type")})
+model["backbone"].update(name="{TINY}")
+val_dataloader.update(num_workers=0, pin_memory=False)
+"""
+
+
+def test_predictions_are_the_ones_that_are_evaluated(
+    run: Vizoo, installed: dict[str, Path], photos: Path, output: Path, tmp_path: Path
+) -> None:
+    assert run("predict", photos, "-t", "detect", "-w", DETECTOR, "-o", output, "--threshold", 0.05).code == 0
+    predicted = json.loads((output / "detections.json").read_text())
+    assert len(predicted["annotations"]) > 10
+    for image in predicted["images"]:
+        image["file_name"] = str(Path(image["file_name"]).relative_to(photos))
+    (tmp_path / "truth.json").write_text(json.dumps(predicted))
+    (tmp_path / "tiny.py").write_text(CONFIG)
+    settings = [
+        f"val_dataloader.dataset.images={photos}",
+        f"val_dataloader.dataset.annotations={tmp_path / 'truth.json'}",
+        f"val_evaluator.0.annotations={tmp_path / 'truth.json'}",
+        f"val_evaluator.0.output={tmp_path / 'evaluated.json'}",
+    ]
+    words = [word for setting in settings for word in ("-s", setting)]
+    tested = run("test", tmp_path / "tiny.py", DETECTOR, *words, "--work-dir", tmp_path / "tested", "--json")
+    assert tested.code == 0, tested
+    assert json.loads(tested.out)["box_AP"] > 80  # boxes without extent match nothing
+    kept = ("image_id", "category_id", "bbox", "score", "segmentation")
+    evaluated = json.loads((tmp_path / "evaluated.json").read_text())
+    assert evaluated == [{key: entry[key] for key in kept} for entry in predicted["annotations"]]
+
+
 def test_help_imports_no_training_code() -> None:
     code = "import sys, vizoo.cli; print([m for m in sys.modules if m.startswith(('vizoo.train', 'mmengine', 'cv2'))])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -134,7 +134,8 @@ class ImageDetector:
         sides = corners[:, 2:] - corners[:, :2]
         boxes = torch.cat([corners[:, :2], sides], dim=1).tolist()
         areas = (sides.prod(dim=1) if found.masks is None else found.masks.flatten(1).sum(dim=1)).tolist()
-        codes = None if found.masks is None else encode_masks(found.masks.numpy())
+        # One at a time: a hundred masks of a large photograph fill gigabytes, and would be copied twice.
+        codes = None if found.masks is None else [encode_masks(mask[None])[0] for mask in found.masks.numpy()]
         records = []
         for place, (label, score) in enumerate(zip(found.labels.tolist(), found.scores.tolist(), strict=True)):
             record = {"image_id": image_id, "category_id": self.category_ids[label], "bbox": boxes[place]}
