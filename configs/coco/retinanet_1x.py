@@ -22,12 +22,9 @@ with read_base():
 model.update(type=RetinaNet)
 model["backbone"].update(out_indices=(1, 2, 3))
 drop_path.update(swin_tiny=0.2)
-train_dataloader["dataset"].update(
-    masks=False, transform=dict(type=ResizeTransform, short=800, long=1333, hflip=0.5, extra=())
-)
+train_dataloader["dataset"].update(masks=False)
+train_dataloader["dataset"]["transform"] = dict(type=ResizeTransform, short=800, long=1333, hflip=0.5, extra=())
 val_evaluator[0].update(masks=False)
-optim_wrapper.update(
-    paramwise_cfg=dict(layer_decay=1.0, not_decayed=()),
-    optimizer=dict(type=SGD, lr=0.01, momentum=0.9, weight_decay=1e-4),
-)
+optim_wrapper["paramwise_cfg"].update(not_decayed=())
+optim_wrapper["optimizer"] = dict(type=SGD, lr=0.01, momentum=0.9, weight_decay=1e-4)
 default_hooks["checkpoint"].update(best="box_AP")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATA_SAMPLERS, MODELS, PARAM_SCHEDULERS
+from mmengine.registry import OPTIMIZERS as OPTIMIZERS_REGISTRY
 from torch import nn
 
 from vizoo.backbones.swin import FAMILY
@@ -87,6 +88,10 @@ def test_optimizer_is_the_published_one(name: str) -> None:
         model = tiny(config)
     groups = parameter_groups(model, lr=rate, weight_decay=decay, **config.optim_wrapper.paramwise_cfg)
     kinds = {group["weight_decay"]: group["param_names"] for group in groups}
+    optimizer = OPTIMIZERS_REGISTRY.build({**config.optim_wrapper.optimizer, "params": groups})
+    assert type(optimizer).__name__ == ("SGD" if "retinanet" in name else "AdamW")
+    first = optimizer.param_groups[0]
+    assert first.get("betas", first.get("momentum")) == (0.9 if "retinanet" in name else (0.9, 0.999))
     assert set(kinds) == ({0.0, decay} if spared else {decay})
     assert all(name.startswith("backbone.") and re.search("norm|table", name) for name in kinds.get(0.0, ()))
     assert sum(len(names) for names in kinds.values()) == len(list(model.parameters()))
@@ -119,8 +124,13 @@ def test_detectors_train_and_predict(name: str) -> None:
     sampler = DATA_SAMPLERS.get(config.train_dataloader.batch_sampler.type)
     assert sampler.__name__ == "AspectBatches"
     assert config.default_hooks.checkpoint.best == "box_AP"
-    for part in (config.train_dataloader, config.val_dataloader):
-        build_transform(part.dataset.transform)
+    train, test = (build_transform(p.dataset.transform) for p in (config.train_dataloader, config.val_dataloader))
+    assert (train.hflip, train.long, test.hflip, test.long, test.short) == (0.5, 1333, 0.0, 1333, (800,))
+    if "retinanet" in name:
+        assert (type(train).__name__, train.short) == ("ResizeTransform", (800,))
+    else:
+        assert (train.short[0], train.short[-1], len(train.short)) == (480, 800, 11)
+        assert (train.crop_short, train.crop, train.crop_prob) == ((400, 500, 600), (384, 600), 0.5)
 
 
 @pytest.mark.parametrize("name", SEGMENTERS)
@@ -139,8 +149,11 @@ def test_segmenters_train_and_predict(name: str) -> None:
     assert config.sync_bn == "torch"
     train, test = (part.dataset.transform for part in (config.train_dataloader, config.val_dataloader))
     assert tuple(train.scale) == tuple(test.scale) == ((2048, 1024) if "cityscapes" in name else (2048, 512))
-    for transform in (train, test):
-        build_transform(transform)
+    built = build_transform(train)
+    crop = (512, 1024) if "cityscapes" in name else (512, 512)
+    assert (built.ratio, built.crop, built.max_share, built.retries, built.hflip) == ((0.5, 2.0), crop, 0.75, 10, 0.5)
+    assert (built.distort.brightness, built.distort.contrast, built.distort.hue) == (32, (0.5, 1.5), 18)
+    assert build_transform(test).scale == tuple(test.scale)
 
 
 @pytest.mark.parametrize(
