@@ -21,8 +21,9 @@ from vizoo.train.segmentation.classes import ADE20K, palette
 from vizoo.train.segmentation.data import read_values
 from vizoo.train.segmentation.heads import FCNHead, UPerHead
 from vizoo.train.segmentation.inference import Sliding, Whole
-from vizoo.train.segmentation.predict import LabelledImage, label_png, load_segmenter
+from vizoo.train.segmentation.predict import ImageSegmenter, LabelledImage, label_png, load_segmenter
 from vizoo.train.segmentation.segmenter import Segmenter
+from vizoo.train.segmentation.transforms import ResizeTransform
 
 NAME = "upernet.swin_tiny_patch4_window7_224.ade20k_160k"
 HEADS = "vizoo.train.segmentation.heads."
@@ -156,6 +157,12 @@ def test_what_cannot_be_loaded(save: Callable[..., Path], tmp_path: Path) -> Non
         load_segmenter("mask_rcnn.swin_tiny_patch4_window7_224.coco_3x")
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint at .*none\.pth"):
         load_segmenter(NAME, checkpoint=tmp_path / "none.pth")
+
+
+def test_more_classes_than_a_label_map_can_hold(make: Make) -> None:
+    model = make({"type": UPerHead, "channels": 16})
+    with pytest.raises(ValueError, match="8-bit images, for up to 255 classes, got 256"):
+        ImageSegmenter(model, tuple(map(str, range(256))), ResizeTransform())
 
 
 @pytest.mark.filterwarnings("ignore:.* is unverified")

@@ -23,7 +23,7 @@ from vizoo.train.dense_models import load_dense, read_images
 from vizoo.train.dense_weights import SEGMENT
 from vizoo.train.drawing import draw_map
 
-from .classes import palette
+from .classes import IGNORE, palette
 from .segmenter import Segmenter
 from .transforms import ResizeTransform, Sample
 
@@ -57,11 +57,18 @@ class ImageSegmenter:
         model: The model.
         classes: A name per label.
         transform: Gives images their size.
+
+    Raises:
+        ValueError: More classes than the values of an 8-bit image, of which one stands for no label.
     """
 
     model: Segmenter
     classes: Sequence[str]
     transform: Callable[[Sample], Sample]
+
+    def __post_init__(self) -> None:
+        if len(self.classes) > IGNORE:
+            raise ValueError(f"label maps are 8-bit images, for up to {IGNORE} classes, got {len(self.classes)}")
 
     def predict(
         self, images: Iterable[str | Path], *, batch_size: int = 1, on_error: OnError | None = None
