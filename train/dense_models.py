@@ -57,7 +57,7 @@ def build_model(config: Mapping[str, Any], task: str) -> BaseModel:
     if kind not in known:
         raise ValueError(f"{kind} is no model to {task}: {', '.join(known)} {'is' if len(known) == 1 else 'are'}")
     options = {key: value for key, value in config.items() if key != "data_preprocessor"}
-    backbone = options.get("backbone") or {}
+    backbone = dict(options.get("backbone") or {})
     options["backbone"] = {key: value for key, value in backbone.items() if key not in _NOT_LOADED}
     return _build(options, {**known, **_parts(task)})
 
@@ -142,7 +142,8 @@ def _stored_classes(meta: Mapping[str, Any], count: int) -> tuple[tuple[str, ...
 
 def _stored_transform(path: Path, meta: Mapping[str, Any], task: str) -> Any:
     """The transform of the validation set; None where there is none, or one of the user's own."""
-    config = _config_value(meta, "val_dataloader").get("dataset", {}).get("transform")
+    dataset = _config_value(meta, "val_dataloader").get("dataset")
+    config = dataset.get("transform") if isinstance(dataset, Mapping) else None
     if not isinstance(config, Mapping):
         return None
     try:

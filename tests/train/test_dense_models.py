@@ -44,6 +44,17 @@ def test_a_model_from_the_text_of_its_config(name: str) -> None:
             assert getattr(transform, key) in (stated[key], (stated[key],))
 
 
-@pytest.mark.parametrize("cfg", ["", "model = 3", "model = dict(", "import os", "model = os.system('x')"])
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        "",
+        "import os",
+        "val_dataloader = 3",
+        "val_dataloader = dict(",
+        "val_dataloader = os.system('x')",
+        "val_dataloader = dict(dataset=3)",
+        "val_dataloader = dict(dataset=dict(transform=None))",
+    ],
+)
 def test_texts_that_say_nothing(cfg: str) -> None:
     assert _stored_transform(FILE, {"cfg": cfg}, DETECT) is None
