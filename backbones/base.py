@@ -325,7 +325,7 @@ class Backbone(nn.Module):
             if index > 0:
                 x = self.downsample(index, x)
             x = self.stage(index, x)
-            if index in wanted:
+            if any(index == each for each in wanted):  # Dynamo of torch 2.6 finds nothing in a list
                 found.append((index, x))
         return found
 
@@ -483,7 +483,10 @@ class Backbone(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer; an identity where the model has no classes."""
-        return self.get_submodule(self.classifier_name)
+        module: nn.Module = self
+        for name in self.classifier_name.split("."):  # get_submodule breaks the graph in older torch
+            module = getattr(module, name)
+        return module
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one on the same device and in the same dtype.

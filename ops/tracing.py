@@ -14,7 +14,7 @@ def known(condition: bool | torch.SymBool) -> bool:
     if isinstance(condition, bool) and not torch.compiler.is_compiling():  # Dynamo calls a symbolic truth a bool
         return condition
     if torch.compiler.is_dynamo_compiling() and not DYNAMO_KNOWS_STATICALLY:
-        return bool(condition)
+        return True if condition else False  # noqa: SIM210 - there, Dynamo cannot call bool() on a symbol
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # pulls in sympy: only when tracing
 
     return statically_known_true(condition)

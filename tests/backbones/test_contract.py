@@ -222,6 +222,7 @@ def run_exported(model: nn.Module, dynamic: dict[int, Any]) -> Callable[[Tensor]
     return torch.export.export(model, (image(64, 96),), dynamic_shapes=(dynamic,)).module()
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 9), reason="older torch cannot follow sizes through padding")
 def test_export_with_free_batch_and_size(family: str) -> None:
     model = tiny(family)
     with vizoo.ops.use("reference"):
