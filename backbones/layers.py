@@ -83,7 +83,7 @@ class Mlp(nn.Module):
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether nobody notices if torch's own layer is not called, only its parameters used: no adapter, no hook on it."""
+    """Whether nobody notices if torch's layer is not called, only its parameters used: no adapter, no hook on it."""
     return type(layer) in (nn.Linear, nn.Conv2d) and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 

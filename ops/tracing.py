@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-DYNAMO_KNOWS_STATICALLY = torch.__version__ >= (2, 9)  # not 2.6, but 2.11; those between were not tried
+DYNAMO_KNOWS_STATICALLY = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)  # not 2.6, but 2.11; those between were not tried
 
 
 def known(condition: bool | torch.SymBool) -> bool:
