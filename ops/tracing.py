@@ -6,7 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-DYNAMO_KNOWS_STATICALLY = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)  # not 2.6, but 2.11; those between were not tried
+# False for 2.6, true for 2.11; those between were not tried.
+DYNAMO_KNOWS_STATICALLY = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 
 
 def known(condition: bool | torch.SymBool) -> bool:
