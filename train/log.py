@@ -285,7 +285,8 @@ def _summary(figures: dict[str, Any]) -> str:
     """The figures of a window, as a person reads them."""
     if not figures:
         return ""
+    speed = figures["images_per_second"]
     return (
-        f"loss {figures['loss']:.4f}  lr {figures['lr']:.2e}  {figures['images_per_second']:.0f} img/s  "
+        f"loss {figures['loss']:.4f}  lr {figures['lr']:.2e}  {speed:.{0 if speed >= 10 else 1}f} img/s  "
         f"eta {duration(figures['eta'])}"
     )

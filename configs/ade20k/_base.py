@@ -7,6 +7,7 @@ family's default, and `--set model.backbone.drop_path_rate=...` overrides both.
 
 from typing import Any
 
+from mmengine.config import read_base
 from mmengine.dataset import DefaultSampler
 from torch.optim import AdamW
 
@@ -18,6 +19,9 @@ from vizoo.train.segmentation.inference import Whole
 from vizoo.train.segmentation.metrics import MeanIoU
 from vizoo.train.segmentation.segmenter import Segmenter
 from vizoo.train.segmentation.transforms import ResizeTransform, ScaleCropTransform
+
+with read_base():
+    from .._runtime import *
 
 data_root = "data/ADEChallengeData2016"
 drop_path: dict[str, float] = dict()
@@ -92,3 +96,4 @@ param_scheduler: list[dict[str, Any]] = [
 ]
 # The heads have batch norms, which several GPUs share.
 sync_bn = "torch"
+default_hooks["checkpoint"].update(epochs=0, iters=16_000, best="mIoU")

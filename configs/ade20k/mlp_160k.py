@@ -14,8 +14,6 @@ from mmengine.config import read_base
 from vizoo.train.segmentation.heads import MLPHead
 
 with read_base():
-    from .._runtime import *
     from ._base import *
 
 model.update(decode_head=dict(type=MLPHead, channels=256))
-default_hooks["checkpoint"].update(epochs=0, iters=16_000, best="mIoU")

@@ -14,7 +14,6 @@ from mmengine.config import read_base
 from vizoo.train.segmentation.heads import FPN, SemanticFPNHead
 
 with read_base():
-    from .._runtime import *
     from ._base import *
 
 model.update(neck=dict(type=FPN, channels=256), decode_head=dict(type=SemanticFPNHead, channels=128))
@@ -23,4 +22,4 @@ train_cfg.update(max_iters=80_000, val_interval=8_000)
 optim_wrapper["paramwise_cfg"].update(not_decayed=())
 optim_wrapper["optimizer"].update(lr=1e-4, weight_decay=1e-4)
 param_scheduler[0].update(power=0.9, warmup=0, min_ratio=1e-2)
-default_hooks["checkpoint"].update(epochs=0, iters=8_000, best="mIoU")
+default_hooks["checkpoint"].update(iters=8_000)

@@ -15,7 +15,6 @@ from mmengine.config import read_base
 from vizoo.train.segmentation.heads import FCNHead, UPerHead
 
 with read_base():
-    from .._runtime import *
     from ._base import *
 
 model.update(
@@ -24,4 +23,3 @@ model.update(
     auxiliary_weight=0.4,
 )
 drop_path.update(swin_tiny=0.3, swin_small=0.3, swin_base=0.3)
-default_hooks["checkpoint"].update(epochs=0, iters=16_000, best="mIoU")

@@ -15,7 +15,6 @@ from vizoo.train.segmentation.data import Cityscapes
 from vizoo.train.segmentation.heads import FCNHead, UPerHead
 
 with read_base():
-    from .._runtime import *
     from ..ade20k._base import *
 
 data_root = "data/cityscapes"
@@ -40,4 +39,4 @@ val_dataloader["dataset"] = dict(
     transform=dict(val_dataloader["dataset"]["transform"], scale=(2048, 1024)),
 )
 train_cfg.update(max_iters=80_000, val_interval=8_000)
-default_hooks["checkpoint"].update(epochs=0, iters=8_000, best="mIoU")
+default_hooks["checkpoint"].update(iters=8_000)

@@ -7,6 +7,7 @@ family's default, and `--set model.backbone.drop_path_rate=...` overrides both.
 
 from typing import Any
 
+from mmengine.config import read_base
 from mmengine.dataset import DefaultSampler
 from torch.optim import AdamW
 
@@ -17,6 +18,9 @@ from vizoo.train.detection.transforms import ResizeCropTransform, ResizeTransfor
 from vizoo.train.loop import EpochLoop, init_worker
 from vizoo.train.optim import AutocastOptimWrapper, GroupedOptimizer
 from vizoo.train.schedules import WarmupStepLR
+
+with read_base():
+    from .._runtime import *
 
 data_root = "data/coco"
 drop_path: dict[str, float] = dict()
@@ -102,3 +106,4 @@ param_scheduler: list[dict[str, Any]] = [
 ]
 # Every batch has another size.
 env_cfg: dict[str, Any] = dict(cudnn_benchmark=False)
+default_hooks["checkpoint"].update(best="box_AP")

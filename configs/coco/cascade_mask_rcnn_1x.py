@@ -14,11 +14,9 @@ from mmengine.config import read_base
 from vizoo.train.detection import CascadeMaskRCNN
 
 with read_base():
-    from .._runtime import *
     from ._base import *
 
 model.update(type=CascadeMaskRCNN)
 drop_path.update(swin_tiny=0.0)
 # The heads of its stages have batch norms, which several GPUs share.
 sync_bn = "torch"
-default_hooks["checkpoint"].update(best="box_AP")

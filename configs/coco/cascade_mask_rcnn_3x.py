@@ -14,7 +14,6 @@ from mmengine.config import read_base
 from vizoo.train.detection import CascadeMaskRCNN
 
 with read_base():
-    from .._runtime import *
     from ._base import *
 
 model.update(type=CascadeMaskRCNN)
@@ -23,4 +22,3 @@ train_cfg.update(max_epochs=36)
 param_scheduler[0].update(milestones=(27, 33))
 # The heads of its stages have batch norms, which several GPUs share.
 sync_bn = "torch"
-default_hooks["checkpoint"].update(best="box_AP")

@@ -14,11 +14,9 @@ from mmengine.config import read_base
 from vizoo.train.detection import FasterRCNN
 
 with read_base():
-    from .._runtime import *
     from ._base import *
 
 model.update(type=FasterRCNN)
 drop_path.update(swin_tiny=0.1)
 train_dataloader["dataset"].update(masks=False)
 val_evaluator[0].update(masks=False)
-default_hooks["checkpoint"].update(best="box_AP")

@@ -14,9 +14,7 @@ from mmengine.config import read_base
 from vizoo.train.detection import MaskRCNN
 
 with read_base():
-    from .._runtime import *
     from ._base import *
 
 model.update(type=MaskRCNN)
 drop_path.update(swin_tiny=0.1)
-default_hooks["checkpoint"].update(best="box_AP")

@@ -15,11 +15,9 @@ from mmengine.config import read_base
 from vizoo.train.detection import MaskRCNN
 
 with read_base():
-    from .._runtime import *
     from ._base import *
 
 model.update(type=MaskRCNN)
 drop_path.update(swin_tiny=0.2, swin_small=0.2)
 train_cfg.update(max_epochs=36)
 param_scheduler[0].update(milestones=(27, 33))
-default_hooks["checkpoint"].update(best="box_AP")

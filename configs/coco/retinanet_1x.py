@@ -16,7 +16,6 @@ from vizoo.train.detection import RetinaNet
 from vizoo.train.detection.transforms import ResizeTransform
 
 with read_base():
-    from .._runtime import *
     from ._base import *
 
 model.update(type=RetinaNet)
@@ -27,4 +26,3 @@ train_dataloader["dataset"]["transform"] = dict(type=ResizeTransform, short=800,
 val_evaluator[0].update(masks=False)
 optim_wrapper["paramwise_cfg"].update(not_decayed=())
 optim_wrapper["optimizer"] = dict(type=SGD, lr=0.01, momentum=0.9, weight_decay=1e-4)
-default_hooks["checkpoint"].update(best="box_AP")

@@ -155,6 +155,11 @@ def test_iterations_that_are_none(start: Start) -> None:
         start("segmenter", "a", "iters=0")
 
 
+def test_a_set_smaller_than_a_batch(start: Start) -> None:
+    with pytest.raises(ValueError, match=r"10 images, fewer than one batch of 64: set train_dataloader\.batch_size"):
+        start("detector", "a", "batch_size=64")
+
+
 def test_sets_and_models_must_have_the_same_classes(start: Start) -> None:
     with pytest.raises(ValueError, match=r"has 6 classes, the model 80: set model\.num_classes=6"):
         start("detector", "a", "num_classes=80")
