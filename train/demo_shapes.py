@@ -54,7 +54,7 @@ def detection_findings(folder: Path, checkpoint: Path, goal: float, clock: Clock
     """
     config = load_config(folder / SAVED_CONFIG)
     written = folder / "test" / DETECTIONS
-    with clock.phase("detection, evaluation"):
+    with clock.phase("detect, evaluation"):
         settings = [f"val_evaluator.0.output={written}"]
         figures = evaluate(folder / SAVED_CONFIG, checkpoint, settings, work_dir=folder / "test", quiet=quiet)
     held_out = ShapesDetection(**_arguments(config))
@@ -93,11 +93,11 @@ def segmentation_findings(
         quiet: Show nothing.
     """
     config = load_config(folder / SAVED_CONFIG)
-    with clock.phase("segmentation, evaluation"):
+    with clock.phase("segment, evaluation"):
         figures = evaluate(folder / SAVED_CONFIG, checkpoint, work_dir=folder / "test", quiet=quiet)
         confusion = json.loads((folder / "test" / CONFUSION).read_text())["matrix"]
     held_out = ShapesSegmentation(**_arguments(config))
-    with clock.phase("segmentation, prediction"):
+    with clock.phase("segment, prediction"):
         scenes = _labelled(config, checkpoint, held_out)
     backbone = dict(config.model.backbone)
     return SegmentationFindings(

@@ -58,7 +58,7 @@ def segmentation_chapter(found: SegmentationFindings) -> Chapter:
 def _learnt(name: str, found: Course) -> str:
     family = found.model.partition("_")[0].capitalize()
     return (
-        f"A small {name} on a small {family} learned {len(found.classes)} classes from {found.start['images']:,} "
+        f"A small {name} on a {family} learned {len(found.classes)} classes from {found.start['images']:,} "
         f"generated scenes, from random weights, in {seconds(found.training_seconds)} with the checks in between."
     )
 
