@@ -105,5 +105,5 @@ param_scheduler: list[dict[str, Any]] = [
     )
 ]
 # Every batch has another size.
-env_cfg: dict[str, Any] = dict(cudnn_benchmark=False)
+env_cfg.update(cudnn_benchmark=False)
 default_hooks["checkpoint"].update(best="box_AP")
