@@ -385,7 +385,7 @@ def _from_22k(name: str, finetuned: str, size: int, **facts: Any) -> dict[str, W
 def _dense_weights(path: str, **facts: Any) -> Weights:
     return Weights(
         url=f"{RELEASES}/{path}.pth",
-        license="MIT",
+        license="Apache-2.0",  # of the authors' repositories for dense tasks
         container="state_dict",
         prefix="backbone.",
         num_classes=0,
