@@ -1,6 +1,16 @@
 """A small Mask R-CNN on generated shapes over photographs: no download, minutes on one CPU core.
 
 Command: vizoo train demo/shapes_detect
+Hardware: 1 CPU core.
+Time: 133 to 135 s of CPU time on one thread of an AMD EPYC that was busy with other work too; less alone.
+Expected: at least 50 % box AP50 on 100 held-out scenes. Seeds 0, 1 and 2 gave 73.8, 74.7 and 76.0 % (masks: 68.4, 70.8
+and 71.3 %).
+Status: run, also by `vizoo demo`.
+
+The scenes (`vizoo.train.shapes`) are written below `data_root` when they are first asked for. They are a demonstration,
+no benchmark: most objects of a class share a hue, which makes them easy.
+
+What was measured on the way: 375 updates on 600 scenes gave 74.7 % after half as much time again (seed 0).
 """
 
 from typing import Any

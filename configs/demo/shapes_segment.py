@@ -1,6 +1,16 @@
 """A small UPerNet on generated shapes over photographs: no download, minutes on one CPU core.
 
 Command: vizoo train demo/shapes_segment
+Hardware: 1 CPU core.
+Time: 125 to 136 s of CPU time on one thread of an AMD EPYC that was busy with other work too; less alone.
+Expected: at least 60 % mIoU on 100 held-out scenes. Seeds 0, 1 and 2 gave 66.1, 66.3 and 66.8 %.
+Status: run, also by `vizoo demo`.
+
+The scenes (`vizoo.train.shapes`) are written below `data_root` when they are first asked for. They are a demonstration,
+no benchmark: most objects of a class share a hue, which makes them easy.
+
+What was measured on the way, always about 600 updates, seed 0: 600 training scenes in place of 1600 gave 65.5 %; no
+auxiliary head and scales of 0.7 to 1.2 together 61.9 %.
 """
 
 from typing import Any
