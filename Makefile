@@ -14,7 +14,7 @@ SINGLE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(READY) ## Train a small backbone on handwritten digits and write an HTML report
+demo: $(READY) ## Train a small classifier, detector and segmenter and write an HTML report
 	$(BIN)/vizoo demo --output $(REPORT)
 
 test: $(READY) ## Run the tests (on a GPU those marked gpu too)

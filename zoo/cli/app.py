@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with `vizoo list`, then `vizoo describe NAME` and `vizoo predict IMAGE --model NAME`; "
-    "`vizoo demo` trains a small model on handwritten digits in minutes. "
+    "`vizoo demo` trains three small models in minutes. "
     "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
 )
 FIND, RUN, TRAIN = "Find a model", "Use a model", "Train a model"
