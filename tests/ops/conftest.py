@@ -5,16 +5,12 @@ Kernels run on the GPU where there is one, else in Triton's interpreter.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 Tensors = Mapping[str, Tensor]
 Function = Callable[[dict[str, Tensor]], Tensor]

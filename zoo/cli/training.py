@@ -66,7 +66,8 @@ def evaluate_command(
     checkpoint: Annotated[
         str | None,
         typer.Argument(
-            help="A checkpoint file, or a name of `vizoo list --task`; the official weights by default.",
+            help="A checkpoint file, its address, or a name of `vizoo list --task`. Detectors and segmenters need one; "
+            "classifiers take the official weights by default.",
             show_default=False,
         ),
     ] = None,
@@ -86,10 +87,9 @@ def evaluate_command(
     from vizoo.train.dense_weights import is_dense, resolve_dense
     from vizoo.train.run import evaluate
 
-    file = None if checkpoint is None else Path(checkpoint)
-    if file is not None and not file.exists() and is_dense(file.name):
-        file = resolve_dense(file.name)
-    figures = evaluate(config, file, settings or (), work_dir=work_dir, device=device, quiet=quiet or as_json)
+    if checkpoint is not None and not Path(checkpoint).exists() and is_dense(checkpoint):
+        checkpoint = str(resolve_dense(checkpoint))
+    figures = evaluate(config, checkpoint, settings or (), work_dir=work_dir, device=device, quiet=quiet or as_json)
     if as_json:
         print_json(figures)
         return
