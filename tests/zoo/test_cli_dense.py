@@ -302,16 +302,18 @@ def test_what_does_not_load_into_the_model_is_not_imported(run: Vizoo, files: di
 def test_test_takes_names_and_files(
     run: Vizoo, installed: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    seen: list[Path | None] = []
+    seen: list[str | None] = []
+    address = "https://example.org/model.pth"
 
-    def evaluate(config: str, checkpoint: Path | None, *_: Any, **__: Any) -> dict[str, float]:
+    def evaluate(config: str, checkpoint: str | None, *_: Any, **__: Any) -> dict[str, float]:
         seen.append(checkpoint)
         return {"box_AP": 1.0}
 
     monkeypatch.setattr(training, "evaluate", evaluate)
-    for words in ([], [DETECTOR], [installed[DETECTOR]], ["none.pth"]):
+    for words in ([], [DETECTOR], [installed[DETECTOR]], ["none.pth"], [address]):
         assert run("test", "some_config", *words, "--json").code == 0
-    assert seen == [None, path_of(find_dense(DETECTOR).weights), installed[DETECTOR], Path("none.pth")]
+    cached = path_of(find_dense(DETECTOR).weights)
+    assert seen == [None, str(cached), str(installed[DETECTOR]), "none.pth", address]
     run("test", "some_config", DETECTOR + "_3x").fails(f"unknown weights .*; did you mean '{DETECTOR}'")
 
 
