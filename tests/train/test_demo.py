@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import vizoo
-from vizoo.train.attribution import hide, hiding_test, look
 from vizoo.train.demo import TASKS, GoalMissed, run
-from vizoo.train.demo_shapes import tally
+from vizoo.train.demo.attribution import hide, hiding_test, look
+from vizoo.train.demo.shapes import tally
 from vizoo.train.log import read_log
 
 SHORT = (

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vizoo.train.charts import Bar, Line, bar_chart, heat_overlay, line_chart, nice_ticks, png_uri
-from vizoo.train.classifier_page import CLASSIFICATION
-from vizoo.train.demo_page import demo_page
-from vizoo.train.dense_page import DETECTION, SEGMENTATION
-from vizoo.train.findings import (
+from vizoo.train.demo.charts import Bar, Line, bar_chart, heat_overlay, line_chart, nice_ticks, png_uri
+from vizoo.train.demo.classifier_page import CLASSIFICATION
+from vizoo.train.demo.dense_page import DETECTION, SEGMENTATION
+from vizoo.train.demo.findings import (
     Course,
     DetectionFindings,
     Example,
@@ -27,8 +26,9 @@ from vizoo.train.findings import (
     Speed,
     Tally,
 )
-from vizoo.train.report import Chapter, Page, Section, render, seconds
-from vizoo.train.scenes import GROUND, colour, colour_map, object_card
+from vizoo.train.demo.page import demo_page
+from vizoo.train.demo.report import Chapter, Page, Section, render, seconds
+from vizoo.train.demo.scenes import GROUND, colour, colour_map, object_card
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 CLASSES = ("zero", "one", "<two>")

@@ -14,16 +14,16 @@ from pathlib import Path
 
 from vizoo.backbones.base import nearest
 from vizoo.benchmark import threads
+from vizoo.train.checkpoint import latest_checkpoint, write_atomically
+from vizoo.train.progress import ProgressLine, duration
+from vizoo.train.run import train
+from vizoo.train.trainer import CONFIG as SAVED_CONFIG
 
-from . import demo_digits, demo_shapes
-from .checkpoint import latest_checkpoint, write_atomically
-from .demo_page import demo_page
+from . import digits, shapes
 from .findings import Course
+from .page import demo_page
 from .phases import Clock
-from .progress import ProgressLine, duration
 from .report import render
-from .run import train
-from .trainer import CONFIG as SAVED_CONFIG
 from .words import machine_in_words
 
 REPORT = "report.html"
@@ -58,9 +58,9 @@ class Task:
 
 
 TASKS = {
-    "digits": Task(demo_digits.CONFIG, 97.0, "accuracy", demo_digits.digits_findings, generated=False),
-    "detect": Task(demo_shapes.DETECT, 50.0, "box AP50", demo_shapes.detection_findings),
-    "segment": Task(demo_shapes.SEGMENT, 60.0, "mIoU", demo_shapes.segmentation_findings),
+    "digits": Task(digits.CONFIG, 97.0, "accuracy", digits.digits_findings, generated=False),
+    "detect": Task(shapes.DETECT, 50.0, "box AP50", shapes.detection_findings),
+    "segment": Task(shapes.SEGMENT, 60.0, "mIoU", shapes.segmentation_findings),
 }
 
 
@@ -226,7 +226,7 @@ def _commands(output: Path, folder: Path, tasks: Sequence[str]) -> list[tuple[st
 def _ask(name: str, run_folder: Path, data: Path) -> str:
     """The command that predicts the held-out images of a task."""
     if name == "digits":
-        return f"vizoo predict {run_folder / demo_digits.HELD_OUT} --checkpoint {_last(run_folder)}"
+        return f"vizoo predict {run_folder / digits.HELD_OUT} --checkpoint {_last(run_folder)}"
     images = data / {"detect": "val", "segment": "images/validation"}[name]
     return (
         f"vizoo predict {images} --task {name} --checkpoint {_last(run_folder)} --output {run_folder / 'predictions'}"

@@ -19,15 +19,15 @@ from vizoo.benchmark import Mode, benchmark
 from vizoo.card import count_macs
 from vizoo.predict import Classifier, load_classifier
 from vizoo.preprocess import eval_transform
+from vizoo.train.datasets import Digits
+from vizoo.train.log import CONFUSION, read_log
+from vizoo.train.run import evaluate
+from vizoo.train.settings import load_config
+from vizoo.train.trainer import CONFIG as SAVED_CONFIG
 
 from .attribution import hiding_test, look
-from .datasets import Digits
 from .findings import Example, Findings, Gaze, Speed
-from .log import CONFUSION, read_log
 from .phases import Clock
-from .run import evaluate
-from .settings import load_config
-from .trainer import CONFIG as SAVED_CONFIG
 from .words import design_in_words, digits_in_words, machine_in_words, recipe_in_words
 
 CONFIG = "demo/digits"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from .progress import ProgressLine, duration
+from vizoo.train.progress import ProgressLine, duration
 
 
 @dataclass

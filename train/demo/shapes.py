@@ -14,8 +14,14 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from torchvision.ops import box_iou
 
-from .checkpoint import read_checkpoint
-from .detection.annotations import read_coco
+from vizoo.train.checkpoint import read_checkpoint
+from vizoo.train.detection.annotations import read_coco
+from vizoo.train.log import CONFUSION, PER_CLASS, read_log
+from vizoo.train.run import evaluate
+from vizoo.train.settings import load_config
+from vizoo.train.shape_sets import ShapesDetection, ShapesSegmentation
+from vizoo.train.trainer import CONFIG as SAVED_CONFIG
+
 from .findings import (
     DetectionFindings,
     LabelledScene,
@@ -24,12 +30,7 @@ from .findings import (
     SegmentationFindings,
     Tally,
 )
-from .log import CONFUSION, PER_CLASS, read_log
 from .phases import Clock
-from .run import evaluate
-from .settings import load_config
-from .shape_sets import ShapesDetection, ShapesSegmentation
-from .trainer import CONFIG as SAVED_CONFIG
 from .words import design_in_words, recipe_in_words, shapes_in_words
 
 DETECT, SEGMENT = "demo/shapes_detect", "demo/shapes_segment"
