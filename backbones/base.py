@@ -372,7 +372,7 @@ class Backbone(nn.Module):
             x: Images (B, in_chans, H, W).
             indices: Stages to return; an int takes the last so many; None returns all.
             norm: Apply the final norm to the last stage's map.
-            stop_early: Do not run stages behind the last one asked for.
+            stop_early: Do not run stages behind the last one asked for; so it is in any case where nobody wants more.
             output_fmt: `NCHW` or `NHWC`.
             intermediates_only: Return the list alone.
 
@@ -380,15 +380,20 @@ class Backbone(nn.Module):
             The list of maps, or (`forward_features(x)`, list of maps).
 
         Raises:
-            ValueError: Bad format, `stop_early` without `intermediates_only`, or an index out of range.
+            ValueError: Bad format, `stop_early` without `intermediates_only`, an index out of range, or the final norm
+                of a model made with `features_only`, which has none.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         if stop_early and not intermediates_only:
             raise ValueError("stop_early leaves no final features: pass intermediates_only=True with it")
-        last = len(self.stages) - 1
-        wanted = self.stage_indices(indices)
-        walk = self._walk(x, wanted if stop_early or last in wanted else [*wanted, last])
+        if self.features_only and (norm or not intermediates_only):
+            raise ValueError(
+                "a model made with features_only=True has no final norm: pass intermediates_only=True and norm=False"
+            )
+        last = self.built_stages - 1
+        wanted = self.stage_indices(indices, self.built_stages)
+        walk = self._walk(x, wanted if intermediates_only or last in wanted else [*wanted, last])
         maps = [self.normalize(y) if norm and i == last else y for i, y in walk if i in wanted]
         convert = self._to_nchw if output_fmt == "NCHW" else self._to_nhwc
         maps = [convert(y) for y in maps]

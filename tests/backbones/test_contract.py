@@ -137,6 +137,11 @@ def test_forward_intermediates(family: str) -> None:
         model.forward_intermediates(x, output_fmt="NLC")
     with pytest.raises(ValueError, match="stop_early leaves no final features"):
         model.forward_intermediates(x, stop_early=True)
+    pyramid = tiny(family, num_classes=None, features_only=True, out_indices=(0, 1))
+    (second,) = pyramid.forward_intermediates(x, 1, intermediates_only=True)
+    torch.testing.assert_close(second, pyramid.features(x)[1])
+    with pytest.raises(ValueError, match="features_only=True has no final norm: pass intermediates_only=True"):
+        pyramid.forward_intermediates(x)
 
 
 def test_features_only(family: str) -> None:
