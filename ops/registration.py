@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.autograd.function import once_differentiable
 
 _state = threading.local()
 
@@ -39,6 +40,40 @@ def kernel_operator(name: str, schema: str, function: Callable[..., Any], fake: 
                 return _recorded(function, *args, **kwargs)
 
     return operator
+
+
+def direct_function(
+    launch: Callable[..., Any], setup_context: Callable[..., None], gradients: Callable[..., tuple[Any, ...]]
+) -> type[torch.autograd.Function]:
+    """The short way in eager mode: an autograd function that launches without passing a registered operator.
+
+    Args:
+        launch: From the inputs to the output, or to several of which the first is the output.
+        setup_context: As `torch.library.register_autograd` takes it.
+        gradients: From the context and the output's gradient to those of the inputs.
+    """
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = launch(*inputs)
+            setup_context(ctx, inputs, output)
+            return output[0] if isinstance(output, tuple) else output
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, grad_out: Any) -> tuple[Any, ...]:
+            return gradients(ctx, grad_out)
+
+    return Direct
+
+
+def register_flops(formulas: Mapping[Any, Callable[..., int]]) -> None:
+    """Tells torch's `FlopCounterMode` what operators cost. Not on import: that module imports triton."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    for operator, formula in formulas.items():
+        register_flop_formula(operator)(formula)
 
 
 def launchable(kernel: Any) -> Any:

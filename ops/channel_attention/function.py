@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vizoo.ops import gpu
-from vizoo.ops.registration import kernel_operator
+from vizoo.ops.registration import direct_function, kernel_operator
 from vizoo.ops.tracing import known
 
 MAX_CHANNELS = 64
@@ -99,32 +98,14 @@ def _gradient(ctx: Any, grad_out: Tensor) -> Tensor:
     return run(grad_out, qkv, weights, ctx.scale)
 
 
-def _gradients(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad_out: Tensor, _: Tensor | None = None) -> tuple[Tensor | None, ...]:
     return _gradient(ctx, grad_out), None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
-class _Eager(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, scale: float) -> Tensor:
-        output = _launch_forward(qkv, scale)
-        _setup_context(ctx, (qkv, scale), output)
-        return output[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, grad_out), None
-
-
-def register_flops() -> None:
-    """Tells torch's `FlopCounterMode` what the operators cost. Not on import: that module imports triton."""
-    from torch.utils.flop_counter import register_flop_formula
-
-    for op, formula in FLOPS.items():
-        register_flop_formula(op)(formula)
+_Eager = direct_function(_launch_forward, _setup_context, _gradients)
 
 
 def _product(qkv: Sequence[int]) -> int:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from vizoo.ops import gpu
-from vizoo.ops.registration import launchable
+from vizoo.ops.registration import launchable, register_flops
 
 from . import kernels, tiles
-from .function import register_flops
+from .function import FLOPS
 
-register_flops()
+register_flops(FLOPS)
 
 
 def forward(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:

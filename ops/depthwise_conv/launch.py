@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from vizoo.ops import gpu
-from vizoo.ops.registration import launchable
+from vizoo.ops.registration import launchable, register_flops
 
 from . import kernels, tiles
-from .function import register_flops
+from .function import FLOPS
 
-register_flops()
+register_flops(FLOPS)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vizoo.ops import gpu
-from vizoo.ops.registration import kernel_operator
+from vizoo.ops.registration import direct_function, kernel_operator
 
 MAX_CHANNELS = 8192
 MAX_ROWS = 2**30
@@ -117,14 +116,4 @@ def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
-class _Eager(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        out = _launch_forward(*inputs)
-        _setup_context(ctx, inputs, out)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, grad_out)
+_Eager = direct_function(_launch_forward, _setup_context, _gradients)

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vizoo.ops import gpu
-from vizoo.ops.registration import kernel_operator
+from vizoo.ops.registration import direct_function, kernel_operator
 from vizoo.ops.tracing import known
 
 from . import tiles
@@ -208,25 +207,7 @@ def _gradients(ctx: Any, grad_out: Tensor | None, _: Tensor | None = None) -> tu
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
-class _Eager(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _launch_forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, grad_out)
-
-
-def register_flops() -> None:
-    """Tells torch's `FlopCounterMode` what the operators cost. Not on import: that module imports triton."""
-    from torch.utils.flop_counter import register_flop_formula
-
-    for op, formula in FLOPS.items():
-        register_flop_formula(op)(formula)
+_Eager = direct_function(_launch_forward, _setup_context, _gradients)
 
 
 def _products(qkv: Sequence[int], window: Sequence[int]) -> int:
