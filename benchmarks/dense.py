@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import re
+import runpy
 import warnings
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from vizoo.benchmark import DTYPES, PeakMemory, Step, choose_device, choose_dtype, time_steps
 from vizoo.environment import environment
 
-RESULTS = Path(__file__).resolve().parent / "results"
+# Of the benchmark beside this file, which is a script and not a module of the package.
+RESULTS, save = itemgetter("RESULTS", "save")(runpy.run_path(str(Path(__file__).with_name("models.py"))))
 SWIN = "swin_tiny_patch4_window7_224"
 OBJECTS = 8
 
@@ -186,11 +187,7 @@ def main() -> None:
         [{"map": maps}] * segmentation,
         options,
     )
-    options.output.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    path = options.output / f"{slug}_{facts['date'][:10]}_dense.json"
-    path.write_text(json.dumps({"environment": facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path}")
+    print(f"wrote {save('dense', facts, {'rows': rows}, options.output)}")
 
 
 if __name__ == "__main__":

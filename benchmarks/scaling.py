@@ -9,9 +9,7 @@ A step is forward, loss, backward with the exchange of gradients, and the update
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 import runpy
 import warnings
 from operator import itemgetter
@@ -26,7 +24,7 @@ from vizoo.environment import environment
 from vizoo.train.detection import MaskRCNN
 
 # Of the benchmark beside this file, which is a script and not a module of the package.
-RESULTS, SWIN, objects, placed = itemgetter("RESULTS", "SWIN", "objects", "placed")(
+RESULTS, SWIN, objects, placed, save = itemgetter("RESULTS", "SWIN", "objects", "placed", "save")(
     runpy.run_path(str(Path(__file__).with_name("dense.py")))
 )
 
@@ -71,8 +69,6 @@ def main() -> None:
         rate = processes * options.batch_size / timing.median
         print(f"{processes} processes: {rate:.1f} images/s, spread {timing.spread:.1%}")
         facts = environment(device)
-        slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-        path = options.output / f"{slug}_{facts['date'][:10]}_scaling-{processes}.json"
         row = {
             "model": f"Mask R-CNN {SWIN}",
             "processes": processes,
@@ -81,7 +77,7 @@ def main() -> None:
             "images_per_second": rate,
             "spread": timing.spread,
         }
-        path.write_text(json.dumps({"environment": facts, "rows": [row]}, indent=1) + "\n", encoding="utf-8")
+        save(f"scaling-{processes}", facts, {"rows": [row]}, options.output)
     dist.destroy_process_group()
 
 

@@ -41,13 +41,13 @@ def pixels(count: int) -> tuple[int, int]:
 
 @lru_cache
 def forward(channels: int, itemsize: int) -> Tile:
-    """Tile of the kernel that convolves: the fastest of a sweep on an H100 at the shapes of DaViT-T, batch 128."""
+    """Tile of the kernel that convolves: at most 4 % behind the fastest of a sweep on an H100, DaViT-T at batch 128."""
     return Tile(4, 8, block(channels, itemsize), warps=2)
 
 
 @lru_cache
 def backward(channels: int, itemsize: int) -> Tile:
-    """Tile of the kernel of both gradients, from the same sweep: 4 numbers a thread, for it holds ten sums of each."""
+    """Tile of the kernel of both gradients, the fastest of that sweep at stages 1 and 2: 4 numbers a thread, ten sums."""
     del itemsize  # the same for both
     return Tile(2, 4, min(64, max(16, 1 << (channels - 1).bit_length())), warps=4, per_sm=4)
 

@@ -1,0 +1,79 @@
+"""Where the time of a compiled step goes: its kernels by name, their sum, the wall time of a step, and its peak memory.
+
+python benchmarks/profile_step.py swin_tiny_patch4_window7_224
+python benchmarks/profile_step.py davit_tiny --mode inference --library timm
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import time
+import warnings
+from collections import Counter
+from operator import itemgetter
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import vizoo
+from vizoo.benchmark import Step, make_step
+
+# Of the benchmark beside this file, which is a script and not a module of the package.
+TIMM, from_timm = itemgetter("TIMM", "from_timm")(runpy.run_path(str(Path(__file__).with_name("models.py"))))
+PROFILED = 3
+
+
+def wall(step: Step, count: int) -> float:
+    """Milliseconds of a step, many launched without waiting."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / count * 1e3
+
+
+def kernels(step: Step) -> tuple[Counter[str], Counter[str]]:
+    """Milliseconds of a step, and launches, of each kernel."""
+    times: Counter[str] = Counter()
+    launches: Counter[str] = Counter()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(PROFILED):
+            step()
+        torch.cuda.synchronize()
+    for event in found.events():
+        if event.device_type.name == "CUDA":
+            times[event.name] += event.device_time / PROFILED / 1e3
+            launches[event.name] += 1
+    return times, launches
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a name of the zoo")
+    parser.add_argument("--library", choices=["vizoo", "timm"], default="vizoo")
+    parser.add_argument("--mode", choices=["training", "inference"], default="training")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--first", type=int, default=40, help="kernels to show")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("kernels are profiled on a CUDA GPU, and there is none")
+    warnings.simplefilter("ignore")  # the peer's own
+    sides = vizoo.describe(options.model).img_size
+    own = options.library == "vizoo"
+    model = vizoo.create_model(options.model) if own else from_timm(TIMM[options.model], sides, False)
+    device, shape = torch.device("cuda"), (options.batch_size, 3, *sides)
+    step = make_step(model.to(device), options.mode, compiled=True, shape=shape, device=device, dtype="bfloat16")
+    wall(step, 4)
+    milliseconds = wall(step, 10)
+    times, launches = kernels(step)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    print(f"wall {milliseconds:.2f} ms, kernels {times.total():.2f} ms, peak {peak:.2f} GiB")
+    for name, spent in times.most_common(options.first):
+        print(f"{spent:8.3f} ms {launches[name] / PROFILED:6.1f}x  {name[:140]}")
+
+
+if __name__ == "__main__":
+    main()
