@@ -47,7 +47,7 @@ def forward(channels: int, itemsize: int) -> Tile:
 
 @lru_cache
 def backward(channels: int, itemsize: int) -> Tile:
-    """Tile of the kernel of both gradients, the fastest of that sweep at stages 1 and 2: 4 numbers a thread, ten sums."""
+    """Tile of the kernel of both gradients, the fastest of that sweep at stages 1 and 2: 4 numbers a thread."""
     del itemsize  # the same for both
     return Tile(2, 4, min(64, max(16, 1 << (channels - 1).bit_length())), warps=4, per_sm=4)
 
