@@ -7,6 +7,18 @@ from .depthwise_conv import depthwise_conv
 from .dispatch import explain, use
 from .gelu_linear import gelu_linear
 from .layer_norm import layer_norm
+from .routing_attention import region_affinity, region_routes, routing_attention
 from .window_attention import window_attention
 
-__all__ = ["channel_attention", "depthwise_conv", "explain", "gelu_linear", "layer_norm", "use", "window_attention"]
+__all__ = [
+    "channel_attention",
+    "depthwise_conv",
+    "explain",
+    "gelu_linear",
+    "layer_norm",
+    "region_affinity",
+    "region_routes",
+    "routing_attention",
+    "use",
+    "window_attention",
+]

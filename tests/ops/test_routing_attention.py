@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vizoo import ops
+from vizoo.ops import region_affinity, region_routes, routing_attention
+from vizoo.ops.routing_attention import reference
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One use of the operator. `pooled` is the map of keys and values, if not that of the queries.
+
+    `dense` says which kernels the case is for: those for maps that fit into one tile, or those that walk over routes.
+    """
+
+    map: Pair
+    region: Pair
+    k: int = 2
+    heads: int = 1
+    d: int = 16
+    e: int | None = None
+    batch: int = 1
+    packed: bool = True
+    pooled: Pair | None = None
+    per_head: bool = False
+    weights: bool = False
+    dense: bool = False
+
+    def __str__(self) -> str:
+        parts = ["x".join(map(str, self.map)), "r" + "x".join(map(str, self.region))]
+        parts.append(f"k{self.k}b{self.batch}h{self.heads}d{self.d}" + (f"e{self.e}" if self.e else ""))
+        parts += ["p" + "x".join(map(str, self.pooled))] if self.pooled else []
+        return "-".join([*parts, *(n for n in ("packed", "per_head", "weights", "dense") if getattr(self, n))])
+
+    @property
+    def regions(self) -> int:
+        return -(-self.map[0] // self.region[0]) * -(-self.map[1] // self.region[1])
+
+    def tensors(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Inputs whose logits are a few units wide."""
+        if self.packed:
+            tensors = {"query": 1.5 * torch.randn(self.batch, *self.map, 3, self.heads, self.d)}
+        else:
+            keys = (self.batch, *(self.pooled or self.map), self.heads)
+            tensors = {
+                "query": 1.5 * torch.randn(self.batch, *self.map, self.heads, self.d),
+                "key": 1.5 * torch.randn(*keys, self.d),
+                "value": torch.randn(*keys, self.e or self.d),
+            }
+        if self.weights:
+            tensors["route_weights"] = torch.rand(self.table) + 0.2
+        return {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+
+    @property
+    def table(self) -> tuple[int, ...]:
+        return (self.batch, *((self.heads,) if self.per_head else ()), self.regions, self.k)
+
+    def routes(self) -> Tensor:
+        """Different regions for each query region, the same ones at each call; some are nobody's, some are many's."""
+        order = torch.rand(*self.table[:-1], self.regions, generator=torch.Generator().manual_seed(1))
+        order[..., 0] += 0.5
+        return order.topk(self.k).indices
+
+    def call(self, implementation: Any = None) -> Any:
+        def run(tensors: dict[str, Tensor]) -> Tensor:
+            routes = self.routes().to(tensors["query"].device)
+            return routing_attention(**tensors, routes=routes, region_size=self.region, implementation=implementation)
+
+        return run
+
+
+def by_hand(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, region: Pair, weights: Tensor | None) -> Tensor:
+    """The definition query by query: which positions does it see, and with what logit?"""
+    B, H, W, heads, d = query.shape
+    down, across = -(-H // region[0]), -(-W // region[1])
+    same = key.shape[1:3] == query.shape[1:3]
+    rows, cols = region if same else (key.shape[1] // down, key.shape[2] // across)
+    out = query.new_empty(B, H, W, heads, value.shape[-1])
+    for b, y, x, head in itertools.product(*map(range, (B, H, W, heads))):
+        place = y // region[0] * across + x // region[1]
+        row = (b, place) if routes.ndim == 3 else (b, head, place)
+        logits, values = [], []
+        for slot, target in enumerate(routes[row].tolist()):
+            for i, j in itertools.product(range(rows), range(cols)):
+                ky, kx = target // across * rows + i, target % across * cols + j
+                if ky < key.shape[1] and kx < key.shape[2]:
+                    factor = 1.0 if weights is None else weights[(*row, slot)]
+                    logits.append((query[b, y, x, head] * key[b, ky, kx, head]).sum() * factor * d**-0.5)
+                    values.append(value[b, ky, kx, head] * factor)
+                else:
+                    logits.append(query.new_zeros(()))
+                    values.append(torch.zeros_like(value[b, 0, 0, head]))
+        out[b, y, x, head] = torch.stack(logits).softmax(0) @ torch.stack(values)
+    return out
+
+
+ROUTED = [
+    Case((4, 6), (2, 3), k=1, heads=2, batch=2),
+    Case((4, 6), (2, 2), k=3, heads=2, per_head=True),
+    Case((5, 7), (2, 3), k=4, d=24),  # regions are cut short by the border
+    Case((5, 4), (3, 3), k=2, heads=2, d=24, e=40, packed=False),
+    Case((6, 6), (3, 3), k=3, packed=False, pooled=(4, 2), e=16),
+    Case((4, 6), (2, 3), k=2, heads=2, weights=True),
+    Case((5, 6), (2, 3), k=3, heads=2, packed=False, per_head=True, weights=True),
+]
+SMALL = ROUTED
+
+
+def expected(case: Case, tensors: dict[str, Tensor]) -> Tensor:
+    q, k, v = tensors["query"].unbind(3) if case.packed else (tensors[name] for name in ("query", "key", "value"))
+    return by_hand(q, k, v, case.routes(), case.region, tensors.get("route_weights"))
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_reference_is_the_definition(case: Case) -> None:
+    tensors = case.tensors(torch.float64)
+    torch.testing.assert_close(case.call("reference")(tensors), expected(case, tensors))
+
+
+def test_reference_with_many_keys_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "MANY_KEYS", 0)
+    tensors = ROUTED[1].tensors(torch.float64)
+    torch.testing.assert_close(ROUTED[1].call("reference")(tensors), expected(ROUTED[1], tensors))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((3, 4), (2, 2), k=2, heads=2, d=2, weights=True),
+        Case((4, 4), (2, 2), k=3, d=3, e=2, packed=False, pooled=(2, 4), per_head=True),
+    ],
+    ids=str,
+)
+def test_reference_gradients(case: Case, checks: Any) -> None:
+    checks.gradients(case.call("reference"), case.tensors(torch.float64))
+
+
+def test_all_regions_are_plain_attention() -> None:
+    case = Case((4, 6), (2, 2), k=6, heads=2)
+    tensors = case.tensors(torch.float64)
+    q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in tensors["query"].unbind(3))
+    out = case.call("reference")(tensors).flatten(1, 2).transpose(1, 2)
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+# Routing
+
+
+def affinity_by_hand(query: Tensor, key: Tensor, region: Pair) -> Tensor:
+    """Products of means, region by region, over what lies on the map: (B, heads, R, R)."""
+    B, H, W, heads, _ = query.shape
+    places = list(itertools.product(range(0, H, region[0]), range(0, W, region[1])))
+    result = query.new_empty(B, heads, len(places), len(places))
+    for (i, (y, x)), (j, (v, u)) in itertools.product(enumerate(places), repeat=2):
+        mean = query[:, y : y + region[0], x : x + region[1]].mean((1, 2))
+        other = key[:, v : v + region[0], u : u + region[1]].mean((1, 2))
+        result[:, :, i, j] = (mean * other).sum(-1)
+    return result
+
+
+@pytest.mark.parametrize("region", [(2, 3), (3, 2), (4, 7), (1, 1)], ids=str)
+@pytest.mark.parametrize("packed", [True, False])
+def test_affinity_is_the_definition(region: Pair, packed: bool) -> None:
+    qkv = torch.randn(2, 5, 6, 3, 2, 4, dtype=torch.float64)
+    arguments = (qkv,) if packed else (qkv[:, :, :, 0], qkv[:, :, :, 1])
+    each = affinity_by_hand(qkv[:, :, :, 0], qkv[:, :, :, 1], region)
+    torch.testing.assert_close(region_affinity(*arguments, region_size=region, per_head=True), each)
+    torch.testing.assert_close(region_affinity(*arguments, region_size=region, scale=0.3), 0.3 * each.sum(1))
+
+
+def test_affinity_gradients(checks: Any) -> None:
+    tensors = {"query": torch.randn(1, 3, 4, 2, 2).double(), "key": torch.randn(1, 3, 4, 2, 2).double()}
+    checks.gradients(lambda given: region_affinity(**given, region_size=2, scale=0.7), tensors)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_routes_are_the_largest_affinities(per_head: bool) -> None:
+    qkv = torch.randn(2, 7, 6, 3, 2, 4)
+    affinity = region_affinity(qkv, region_size=2, per_head=per_head)
+    routes = region_routes(qkv.requires_grad_(), region_size=2, topk=5, per_head=per_head)
+    assert routes.dtype == torch.int64
+    assert routes.shape == (2, 2, 12, 5) if per_head else (2, 12, 5)
+    torch.testing.assert_close(routes.sort().values, affinity.argsort(-1)[..., -5:].sort().values)
+
+
+def test_a_map_with_few_regions_has_all_of_them_routed() -> None:
+    routes = region_routes(torch.randn(1, 2, 3, 3, 1, 4), region_size=2, topk=16)
+    assert routes.sort().values.tolist() == [[[0, 1]] * 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_routing_keeps_its_precision(dtype: torch.dtype) -> None:
+    """Sums of halves are not rounded to halves, and neither autocast nor a setting for products lowers them."""
+    qkv = torch.randn(1, 32, 32, 3, 2, 8).to(dtype)
+    exact = region_affinity(qkv.double(), region_size=16)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            affinity = region_affinity(qkv, region_size=16)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert affinity.dtype == torch.float32
+    torch.testing.assert_close(affinity.double(), exact, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("implementation", ["reference"])
+def test_autocast_changes_nothing(implementation: Any) -> None:
+    case = ROUTED[0]
+    tensors = case.tensors(torch.float32)
+    plain = case.call(implementation)(tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(case.call(implementation)(tensors), plain, rtol=0, atol=0)
+
+
+QKV = torch.randn(1, 4, 6, 3, 2, 8)
+MAP = QKV[:, :, :, 0]
+ROUTES = torch.zeros(1, 6, 1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, r"query must be floating point, got torch\.int64", {"query": QKV.long()}),
+        (ValueError, r"without key must have .*\(B, H, W, 3, heads, d\), got \(1, 4, 6, 2, 8\)", {"query": MAP}),
+        (ValueError, r"query must have the shape \(B, H, W, heads, d\), got", {"key": MAP, "value": MAP}),
+        (ValueError, r"a row, a column, a head and a channel at least, got \(1, 0, 6,", {"query": QKV[:, :0]}),
+        (ValueError, r"key and value go together: got key alone", {"key": MAP}),
+        (ValueError, r"key and value go together: got value alone", {"value": MAP}),
+        (TypeError, r"key must have the dtype of query, torch\.float32, got torch\.float64",
+         {"query": MAP, "key": MAP.double(), "value": MAP}),
+        (ValueError, r"key must have the shape .* = \(1, 4, 6, 2, 8\), got \(1, 4, 6, 1, 8\)",
+         {"query": MAP, "key": MAP[:, :, :, :1], "value": MAP}),
+        (ValueError, r"value must have .* map of the keys = \(1, 4, 6, 2, 8\), got \(1, 4, 4, 2, 8\)",
+         {"query": MAP, "key": MAP, "value": MAP[:, :, :4]}),
+        (ValueError, r"got 4 columns for 3 regions; the nearest are 3 and 6",
+         {"query": MAP, "key": MAP[:, :, :4], "value": MAP[:, :, :4]}),
+        (ValueError, r"region_size must be at least 1 a side, got 0 columns", {"region_size": (2, 0)}),
+        (ValueError, r"region_size must be one number or \(rows, columns\), got \(2, 2, 2\)",
+         {"region_size": (2, 2, 2)}),
+        (TypeError, r"routes must be int64, got torch\.int32", {"routes": ROUTES.int()}),
+        (ValueError, r"routes must have .* = \(1, 6, k\) or .* = \(1, 2, 6, k\) .* got \(1, 4, 1\)",
+         {"routes": ROUTES[:, :4]}),
+        (ValueError, r"routes must have .* k at least 1, got \(1, 6, 0\)", {"routes": ROUTES[..., :0]}),
+        (ValueError, r"routes must be on the device of query, cpu, got meta", {"routes": ROUTES.to("meta")}),
+        (TypeError, r"route_weights must be floating point, got torch\.int64", {"route_weights": ROUTES}),
+        (ValueError, r"route_weights must have the shape of routes, \(1, 6, 1\), got \(1, 6\)",
+         {"route_weights": torch.ones(1, 6)}),
+    ],
+)  # fmt: skip
+def test_refuses_what_breaks_a_rule(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(error, match=message):
+        routing_attention(**{"query": QKV, "region_size": 2, "routes": ROUTES, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, r"key must be floating point, got torch\.int64", {"query": MAP, "key": MAP.long()}),
+        (ValueError, r"key must have the shape of query, \(1, 4, 6, 2, 8\), got \(1, 4, 5, 2, 8\)",
+         {"query": MAP, "key": MAP[:, :, :5]}),
+        (ValueError, r"topk must be at least 1, got 0", {"topk": 0}),
+        (ValueError, r"region_size must be at least 1 a side, got -1 rows", {"region_size": (-1, 2)}),
+    ],
+)  # fmt: skip
+def test_routing_refuses_what_breaks_a_rule(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(error, match=message):
+        region_routes(**{"query": QKV, "region_size": 2, "topk": 1, **arguments})
+
+
+def test_explains_what_the_kernels_cannot_take() -> None:
+    def reasons(query: Tensor, **arguments: Any) -> str:
+        return "; ".join(ops.explain(routing_attention, query, region_size=2, routes=ROUTES, **arguments)["triton"])
+
+    assert "float16, bfloat16 and float32, the input is torch.float64" in reasons(QKV.double())
+    assert "torch.float32, torch.float64" in reasons(QKV, route_weights=torch.ones(ROUTES.shape).double())
+    assert "may have 128 channels, this has 144" in reasons(torch.zeros(1, 4, 6, 3, 1, 144))
+    assert "the interpreter has no bfloat16" in reasons(QKV.bfloat16())
+    assert ops.explain(routing_attention, QKV, region_size=2, routes=ROUTES)["reference"] == []
