@@ -46,13 +46,14 @@ class LayerNorm(nn.LayerNorm):
     Args:
         channels: Length of the last axis.
         keep_float32: Give float32 under autocast, as torch does; for a norm that no linear layer follows.
+        eps: Added to the variance.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter
 
-    def __init__(self, channels: int, keep_float32: bool = False) -> None:
-        super().__init__(channels)
+    def __init__(self, channels: int, keep_float32: bool = False, eps: float = 1e-5) -> None:
+        super().__init__(channels, eps)
         self.keep_float32 = keep_float32
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +77,10 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., channels) to the same shape."""
-        hidden = self.fc1(x)
+        return self.contract(self.fc1(x))
+
+    def contract(self, hidden: Tensor) -> Tensor:
+        """What follows the first layer, (..., hidden) to (..., channels)."""
         if is_plain(self.fc2):
             return gelu_linear(hidden, self.fc2.weight, self.fc2.bias)
         return self.fc2(F.gelu(hidden))
