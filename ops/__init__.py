@@ -7,6 +7,7 @@ from .depthwise_conv import depthwise_conv
 from .dispatch import explain, use
 from .gelu_linear import gelu_linear
 from .layer_norm import layer_norm
+from .neighborhood_attention import neighborhood_attention
 from .routing_attention import region_affinity, region_routes, routing_attention
 from .window_attention import window_attention
 
@@ -16,6 +17,7 @@ __all__ = [
     "explain",
     "gelu_linear",
     "layer_norm",
+    "neighborhood_attention",
     "region_affinity",
     "region_routes",
     "routing_attention",
