@@ -62,8 +62,10 @@ def neighborhood_attention_reference(
     if key is None or value is None:
         query, key, value = query.unbind(-3)
     h = query.shape[-2]
+    # The meta device counts operations: query by query, they are those of the definition.
+    block = 1 if query.device.type == "meta" else BLOCK[len(kernel_size)]
     axes = [
-        (_cached_axis if _is_concrete(*sizes) else _axis)(*sizes, BLOCK[len(kernel_size)], query.device)
+        (_cached_axis if _is_concrete(*sizes) else _axis)(*sizes, block, query.device)
         for sizes in zip(query.shape[1:-2], kernel_size, dilation, stride, causal, strict=True)
     ]
     q = _blocks(query * scale, [axis.queries for axis in axes])
