@@ -17,6 +17,9 @@ from vizoo.ops import gpu
 from vizoo.ops.registration import direct_function, kernel_operator
 from vizoo.ops.tracing import known
 
+from . import tiles
+from .reference import key_region_size
+
 MAX_CHANNELS = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -107,7 +110,7 @@ def _run_backward(
     value: Tensor | None,
     routes: Tensor,
     route_weights: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     region_size: Sequence[int],
     scale: float,
@@ -128,7 +131,7 @@ def _backward_like(
     value: Tensor | None,
     routes: Tensor,
     route_weights: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     region_size: Sequence[int],
     scale: float,
@@ -149,7 +152,7 @@ _forward = kernel_operator(
 )
 _backward = kernel_operator(
     "vizoo::routing_attention_backward",
-    "(Tensor grad_out, Tensor query, Tensor? key, Tensor? value, Tensor routes, Tensor? route_weights, Tensor out,"
+    "(Tensor grad_out, Tensor query, Tensor? key, Tensor? value, Tensor routes, Tensor? route_weights, Tensor? out,"
     " Tensor lse, SymInt[] region_size, float scale, bool weights_gradient) -> (Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
     _backward_like,
@@ -158,8 +161,18 @@ _backward = kernel_operator(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.region_size, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
+    out, lse = output
+    ctx.save_for_backward(*tensors, out if _needs_output(*tensors[:4], ctx.region_size) else None, lse)
     ctx.set_materialize_grads(False)
+
+
+def _needs_output(
+    query: Tensor, key: Tensor | None, value: Tensor | None, routes: Tensor, region_size: Sequence[int]
+) -> bool:
+    """Whether the backward kernels read the output of the forward one."""
+    rows, cols = key_region_size(query, query if key is None else key, (region_size[0], region_size[1]))
+    widest = max(query.shape[-1], query.shape[-1] if value is None else value.shape[-1])
+    return not tiles.in_one_step(routes.shape[-1] * rows * cols, widest, query.element_size())
 
 
 def _gradients(ctx: Any, grad_out: Tensor | None, _: Tensor | None = None) -> tuple[Tensor | None, ...]:

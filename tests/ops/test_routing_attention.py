@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vizoo import ops
 from vizoo.ops import region_affinity, region_routes, routing_attention
-from vizoo.ops.routing_attention import reference
+from vizoo.ops.routing_attention import reference, tiles
 
 Pair = tuple[int, int]
 
@@ -19,7 +19,7 @@ Pair = tuple[int, int]
 class Case:
     """One use of the operator. `pooled` is the map of keys and values, if not that of the queries.
 
-    `dense` says which kernels the case is for: those for maps that fit into one tile, or those that walk over routes.
+    `tile` shrinks the tiles, so that even tiny regions are walked over tile by tile, and takes them for large ones.
     """
 
     map: Pair
@@ -33,13 +33,15 @@ class Case:
     pooled: Pair | None = None
     per_head: bool = False
     weights: bool = False
-    dense: bool = False
+    tile: int | None = None
 
     def __str__(self) -> str:
         parts = ["x".join(map(str, self.map)), "r" + "x".join(map(str, self.region))]
         parts.append(f"k{self.k}b{self.batch}h{self.heads}d{self.d}" + (f"e{self.e}" if self.e else ""))
         parts += ["p" + "x".join(map(str, self.pooled))] if self.pooled else []
-        return "-".join([*parts, *(n for n in ("packed", "per_head", "weights", "dense") if getattr(self, n))])
+        return "-".join([*parts, *(n for n in ("packed", "per_head", "weights") if getattr(self, n))]) + (
+            f"-tile{self.tile}" if self.tile else ""
+        )
 
     @property
     def regions(self) -> int:
@@ -77,6 +79,9 @@ class Case:
 
         return run
 
+    def plain(self, tensors: dict[str, Tensor]) -> Tensor:
+        return self.call("reference")(tensors)
+
 
 def by_hand(query: Tensor, key: Tensor, value: Tensor, routes: Tensor, region: Pair, weights: Tensor | None) -> Tensor:
     """The definition query by query: which positions does it see, and with what logit?"""
@@ -112,7 +117,28 @@ ROUTED = [
     Case((4, 6), (2, 3), k=2, heads=2, weights=True),
     Case((5, 6), (2, 3), k=3, heads=2, packed=False, per_head=True, weights=True),
 ]
-SMALL = ROUTED
+LARGE_REGIONS = [
+    Case((5, 8), (3, 4), k=2, heads=2, d=24, tile=16),
+    Case((8, 8), (4, 8), k=1, d=16, e=8, packed=False, pooled=(4, 4), weights=True, tile=16),
+]
+DENSE = [
+    Case((6, 6), (1, 2), k=5, heads=2, d=24, batch=2),
+    Case((5, 7), (2, 2), k=6, e=24, packed=False, per_head=True, heads=2),
+    Case((4, 6), (2, 2), k=6, packed=False, pooled=(2, 6)),
+]
+SMALL = [*ROUTED, *LARGE_REGIONS, *DENSE]
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def shrunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sends a test's case to the kernels it is for."""
+    case = request.node.callspec.params.get("case") if hasattr(request.node, "callspec") else None
+    if case is not None and case not in DENSE:
+        monkeypatch.setattr(tiles, "DENSE_REGIONS", 0)
+    if case is not None and case.tile:
+        monkeypatch.setattr(tiles, "SMALL_REGION", 0)
+        monkeypatch.setattr(tiles, "side", lambda d, itemsize: case.tile)
 
 
 def expected(case: Case, tensors: dict[str, Tensor]) -> Tensor:
@@ -150,6 +176,22 @@ def test_all_regions_are_plain_attention() -> None:
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in tensors["query"].unbind(3))
     out = case.call("reference")(tensors).flatten(1, 2).transpose(1, 2)
     torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("stage", "dense"), [((49, 64, 64, 1), False), ((49, 16, 16, 4), False), ((49, 4, 4, 16), True)]
+)
+def test_only_small_regions_of_small_maps_are_held_at_once(stage: tuple[int, ...], dense: bool) -> None:
+    assert tiles.is_dense(*stage, d=32, itemsize=2) == dense
+    assert not tiles.is_dense(65, *stage[1:], d=32, itemsize=2)
+    assert not tiles.is_dense(*stage, d=64, itemsize=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_kernels(case: Case, dtype: torch.dtype, device: torch.device, checks: Any) -> None:
+    tensors = case.tensors(dtype, device)
+    checks.factor_two(case.call("triton"), case.plain, case.call("reference"), tensors)
 
 
 # Routing

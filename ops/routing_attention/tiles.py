@@ -1,0 +1,98 @@
+"""Launch parameters of the routing attention kernels, and which of them a call gets.
+
+All of them stay below 99 KiB of shared memory, the least that GPUs of compute capability 8.0 to 12.0 give a program.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vizoo.ops.tracing import known
+
+SMALL_REGION = 64
+"""Positions of regions that kernels are compiled for; larger ones, which differ with each image, are arguments."""
+
+DENSE_REGIONS = 64
+"""Regions of a map whose routes are the bits of one number."""
+
+DENSE_BYTES = 2**14
+"""Of the keys of a head of an image, which one program holds at once."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel is launched.
+
+    Attributes:
+        queries: Queries of a tile.
+        keys: Keys of a tile.
+        warps: Warps of a program.
+        stages: Loop iterations whose loads are in flight at once.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def power_of_two(n: int) -> int:
+    """Smallest power of two that is at least n, and at least 16, the least a matrix unit takes."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def side(d: int, itemsize: int) -> int:
+    """Longest side of a tile of the kernels that walk over routes: three-fold products of float32 take room."""
+    return 64 if itemsize == 2 or d <= 32 else 32 if d <= 64 else 16
+
+
+def in_one_step(keys: int, d: int, itemsize: int) -> bool:
+    """Whether one tile takes all keys of a query; then backward needs no output."""
+    return known(keys <= side(d, itemsize))
+
+
+def routed(queries: int | None, keys: int | None, d: int, itemsize: int) -> Tile:
+    """Tile of the kernels that walk over routes.
+
+    Args:
+        queries: Positions of a region, None if it is large.
+        keys: Keys of a query, None if there are many.
+        d: Channels of a head.
+        itemsize: Bytes of a number.
+    """
+    longest = side(d, itemsize)
+    rows = longest if queries is None else min(longest, power_of_two(queries))
+    cols = longest if keys is None else min(longest, power_of_two(keys))
+    return Tile(rows, cols, warps=max(1, rows // 16), stages=1 if keys is not None and keys <= cols else 2)
+
+
+def routed_keys(keys: int | None, d: int, itemsize: int) -> Tile:
+    """Tile of the kernel for the gradients of the keys of a region, of which there are so many; None for large ones."""
+    longest = side(d, itemsize)
+    cols = longest if keys is None else min(longest, power_of_two(keys))
+    return Tile(longest, cols, warps=max(1, cols // 16), stages=1)
+
+
+def is_dense(regions: int, region: int, keys: int, k: int, d: int, itemsize: int) -> bool:
+    """Whether a small map is better held at once than walked over by its routes.
+
+    Looking at all keys must be no more work than at the routed ones for queries padded to what a matrix unit takes.
+
+    Args:
+        regions: Regions of a map.
+        region: Queries of a region.
+        keys: Keys of a region.
+        k: Routes of a region.
+        d: Channels of a head.
+        itemsize: Bytes of a number.
+    """
+    if not (known(regions <= DENSE_REGIONS) and known(region <= SMALL_REGION) and known(keys <= SMALL_REGION)):
+        return False
+    fits = power_of_two(int(regions * keys)) * power_of_two(d) * itemsize <= DENSE_BYTES
+    return fits and int(regions * region) <= max(16, int(region)) * k
+
+
+def dense(keys: int, backward: bool) -> Tile:
+    """Tile of the kernels that hold all keys of a small map at once."""
+    cols = power_of_two(keys)
+    return Tile(32 if backward else 64, cols, warps=8 if cols >= 128 else 4, stages=2)
