@@ -145,7 +145,8 @@ class Family:
         mixer: Kind of token mixer: `window attention`, `selective scan`, ...
         paper: Title, venue and arXiv number.
         layouts: Known checkpoint layouts; the first is the official one and also ours.
-        bias_tables: Pattern of relative position bias tables ((2w-1)^2, heads), resized when the window differs.
+        bias_tables: Pattern of relative position bias tables, ((2w-1)^2, heads) or (heads, 2w-1, 2w-1), resized when
+            the window differs.
         tiny: Overrides that make any variant run in milliseconds, for tests and experiments.
     """
 

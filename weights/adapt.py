@@ -31,6 +31,32 @@ def resize_bias_table(table: Tensor, length: int) -> Tensor:
     return _in_float(table, lambda values: _resize_square(values, old, new))
 
 
+def resize_bias_image(table: Tensor, sides: Sequence[int]) -> Tensor:
+    """Resize a table of relative position biases that is laid out as an image per head, by bicubic interpolation.
+
+    Args:
+        table: Biases by offset, (heads, 2 * rows - 1, 2 * columns - 1) for a neighborhood of rows x columns positions.
+        sides: The last two sizes of the new table, odd as well.
+
+    Returns:
+        (heads, *sides); the table itself when it already has these sides.
+
+    Raises:
+        ValueError: If the table has another rank, or a side is even.
+    """
+    if table.ndim != 3:
+        raise ValueError(f"a bias image must be (heads, rows, columns), got shape {tuple(table.shape)}")
+    size = tuple(sides)
+    if len(size) != 2 or any(side < 1 or side % 2 == 0 for side in (*table.shape[1:], *size)):
+        raise ValueError(
+            "bias images resize between odd sides, 2 * positions - 1 each; "
+            f"the table has {tuple(table.shape[1:])}, the model needs {size}"
+        )
+    if table.shape[1:] == size:
+        return table
+    return _in_float(table, lambda x: F.interpolate(x[None], size=size, mode="bicubic", align_corners=False)[0])
+
+
 def adapt_input_channels(weight: Tensor, in_chans: int) -> Tensor:
     """Make an RGB stem take another number of channels, keeping the scale of its output, as timm does.
 

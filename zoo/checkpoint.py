@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vizoo.backbones.base import Backbone, CheckpointLayout, Family
-from vizoo.weights.adapt import adapt_input_channels, resize_bias_table, select_classes
+from vizoo.weights.adapt import adapt_input_channels, resize_bias_image, resize_bias_table, select_classes
 from vizoo.weights.reader import read_state_dict
 from vizoo.weights.record import Weights
 from vizoo.weights.store import download
@@ -179,10 +179,23 @@ def _adapt(
         ):
             state[key] = adapt_input_channels(have, want.shape[1])
             report.adapted[key] = f"{have.shape[1]} to {want.shape[1]} input channels"
-        elif family and family.bias_tables and re.search(family.bias_tables, key) and have.shape[1:] == want.shape[1:]:
-            state[key] = resize_bias_table(have, want.shape[0])
-            report.adapted[key] = f"bias table of {have.shape[0]} to {want.shape[0]} offsets, bicubic"
+        elif family and family.bias_tables and re.search(family.bias_tables, key):
+            _adapt_bias_table(state, key, want, report)
     _adapt_classifier(state, target, model, labels, report)
+
+
+def _adapt_bias_table(state: dict[str, Tensor], key: str, want: Tensor, report: LoadReport) -> None:
+    """Resize a table (offsets, heads) or (heads, rows, columns); with other heads it stays, which then does not fit."""
+    have = state[key]
+    if have.ndim == want.ndim == 3 and have.shape[0] == want.shape[0]:
+        state[key] = resize_bias_image(have, want.shape[1:])
+    elif have.ndim == want.ndim == 2 and have.shape[1] == want.shape[1]:
+        state[key] = resize_bias_table(have, want.shape[0])
+    else:
+        return
+    heads = want.shape[0] if want.ndim == 3 else want.shape[1]
+    sizes = (have.numel() // heads, want.numel() // heads)
+    report.adapted[key] = f"bias table of {sizes[0]} to {sizes[1]} offsets, bicubic"
 
 
 def _adapt_classifier(

@@ -56,8 +56,8 @@ def freeze(model: Backbone, frozen_stages: int) -> list[nn.Module]:
     def is_frozen(path: str) -> bool:
         if re.match(groups["stem"], path):
             return frozen_stages >= 0
-        found = next((match for pattern, _ in blocks if (match := re.match(pattern, path))), None)
-        return found is not None and int(found[1]) < frozen_stages
+        found = next(((m.groups(), ends) for pattern, ends in blocks if (m := re.match(pattern, path))), None)
+        return found is not None and int((*found[0], *(found[1] or ()))[0]) < frozen_stages
 
     for name, parameter in model.named_parameters():
         if is_frozen(name):

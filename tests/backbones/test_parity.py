@@ -31,7 +31,8 @@ def outputs(model: vizoo.Backbone, x: Tensor, names: list[str]) -> dict[str, Ten
         maps = model(x)
         found |= {f"norm{i}": y for i, y in enumerate(maps)} | {f"out{i}": y for i, y in enumerate(maps, 1)}
     if "tokens" in names:
-        found["tokens"] = model.forward_features(x)
+        tokens = model.forward_features(x)
+        found["tokens"] = tokens.flatten(1, 2) if tokens.ndim == 4 else tokens  # in raster order
     if "logits" in names:
         found["logits"] = model(x)
     return {name: found[name] for name in names}
