@@ -124,9 +124,9 @@ def _unblocked(x: Tensor, axes: Sequence[Axis]) -> Tensor:
     sizes = [axis.queries.shape for axis in axes]
     x = x.reshape(B, h, *(size[0] for size in sizes), *(size[1] for size in sizes), d)
     pairs = (place for axis in range(count) for place in (2 + axis, 2 + count + axis))
-    x = x.permute(0, *pairs, 1, 2 * count + 2).reshape(B, *(n * t for n, t in sizes), h, d)
-    for i, axis in enumerate(axes):
-        x = x.index_select(i + 1, axis.place)
+    x = x.permute(0, *pairs, 1, 2 * count + 2)
+    for i, axis in enumerate(axes, 1):
+        x = x.flatten(i, i + 1).index_select(i, axis.place)  # a reshape of all would guard symbolic sizes
     return x
 
 

@@ -1,0 +1,536 @@
+"""Triton kernels of neighborhood attention. Nothing is unfolded, gathered or masked in memory: keys are read in place.
+
+Letters: the axes Z, Y, X of a map are its sizes (1 where there is no such axis), with dilations DZ, DY, DX, kernel sizes
+KZ, KY, KX and strides SZ, SY, SX; a head has D channels. Names in small letters with _z, _y, _x are values of one axis.
+
+Places along an axis are counted within a group, the positions that differ by multiples of the dilation: place p of
+group g stands at p * dilation + g, and the group has `size` places. A program owns one head and one tile of TZ x TY x TX
+places of one group of each axis, and walks over blocks of CZ x CY x CX places that its windows reach (the union of
+windows along each axis; nothing else is visited). Both are flattened to the rows and columns of a matrix product. Places
+past the end of a group read its last one: as keys nobody sees them, as queries they are not written or not counted.
+
+Logits are natural, softmax takes powers of two. A number that is no constant is made float32 first: compilers pass it in
+float64, which would spread.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1e30)
+"""Where a running maximum starts. Finite, so that what is minus infinity, being masked, has weight zero from the start."""
+
+
+@triton.jit
+def _axis(tile, length, dilation, T: tl.constexpr):
+    """Group of a tile, its first place, and the size of the group. Tiles of all groups stand side by side."""
+    group = tile % dilation
+    return group, tile // dilation * T, (length - group + dilation - 1) // dilation
+
+
+@triton.jit
+def _window(p, size, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr):
+    """First key that queries p see, and the one after the last."""
+    first = p
+    if S > 1:
+        first = p // S * S
+    if CAUSAL:
+        return tl.maximum(tl.minimum(first + (S - 1), size - 1) - (K - 1), 0), p + 1
+    start = tl.minimum(tl.maximum(tl.minimum(first + S // 2, size - 1) - K // 2, 0), size - K)
+    return start, start + K
+
+
+@triton.jit
+def _union(first, size, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr):
+    """First key that any query of a tile sees, and the one after the last: windows move with their queries."""
+    start, _ = _window(first, size, K, S, CAUSAL)
+    _, end = _window(tl.minimum(first + T, size) - 1, size, K, S, CAUSAL)
+    return start, end
+
+
+@triton.jit
+def _seers(first, size, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr):
+    """First query that sees any key of a tile, and the one after the last: `_window` solved for p."""
+    last = tl.minimum(first + T, size) - 1
+    if CAUSAL:
+        return first, tl.where(last + K >= size, size, tl.minimum((last + K) // S * S, size))
+    LEFT: tl.constexpr = K // 2 - S // 2
+    begin = (tl.maximum(first - (K - 1) + LEFT, 0) + S - 1) // S * S
+    begin = tl.where(first < K, 0, begin)
+    end = tl.minimum((last + LEFT) // S * S + S, size)
+    return begin, tl.where(last >= size - K, size, end)
+
+
+@triton.jit
+def _split(n, BY: tl.constexpr, BX: tl.constexpr):
+    """Place on each axis of row or column n of a flattened block."""
+    return n // (BY * BX), n // BX % BY, n % BX
+
+
+@triton.jit
+def _pixel(z, y, x, g_z, g_y, g_x, Y, X, DZ, DY, DX):
+    """Index on the map of places of a group."""
+    return ((z * DZ + g_z) * Y + y * DY + g_y) * X + x * DX + g_x
+
+
+@triton.jit
+def _vectors(pointer, pixel, PITCH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Loads a vector of D channels for each pixel."""
+    channel = tl.arange(0, BLOCK_D)
+    pointers = pointer + pixel[:, None] * PITCH + channel[None, :]
+    if D == BLOCK_D:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(channel < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _put_vectors(pointer, value, pixel, real, PITCH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    channel = tl.arange(0, BLOCK_D)
+    pointers = pointer + pixel[:, None] * PITCH + channel[None, :]
+    value = value.to(pointer.dtype.element_ty)
+    if D == BLOCK_D:
+        tl.store(pointers, value, mask=real[:, None])
+    else:
+        tl.store(pointers, value, mask=real[:, None] & (channel < D)[None, :])
+
+
+@triton.jit
+def _sees(p, j, size, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr):
+    start, end = _window(p, size, K, S, CAUSAL)
+    if CAUSAL:
+        return (j >= start) & (j < end)
+    return (j - start).to(tl.uint32) < K  # one comparison for both ends
+
+
+@triton.jit
+def _added(
+    bias,
+    p_z, p_y, p_x,
+    j_z, j_y, j_x,
+    size_z, size_y, size_x,
+    KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+    SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
+    CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
+    TEST_Z: tl.constexpr, TEST_Y: tl.constexpr, TEST_X: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """What is added to the logits of queries p and keys j: the bias of a head, minus infinity for keys out of sight.
+
+    One of p and j is a column, the other a row. An axis along which tile and block are one place wide needs no test.
+    """
+    visible = (p_z * 0 + j_z * 0) == 0
+    if TEST_Z:
+        visible &= _sees(p_z, j_z, size_z, KZ, SZ, CAUSAL_Z)
+    if TEST_Y:
+        visible &= _sees(p_y, j_y, size_y, KY, SY, CAUSAL_Y)
+    if TEST_X:
+        visible &= _sees(p_x, j_x, size_x, KX, SX, CAUSAL_X)
+    if HAS_BIAS:
+        ROW: tl.constexpr = 2 * KX - 1
+        PLANE: tl.constexpr = (2 * KY - 1) * ROW
+        middle = (KZ - 1) * PLANE + (KY - 1) * ROW + KX - 1
+        index = (j_z * PLANE + j_y * ROW + j_x) - (p_z * PLANE + p_y * ROW + p_x - middle)
+        return tl.load(bias + index, mask=visible, other=float("-inf")).to(tl.float32)
+    return tl.where(visible, 0.0, float("-inf"))
+
+
+@triton.jit
+def _next(
+    c_z, c_y, c_x, start_y, start_x, end_y, end_x, CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr
+):  # fmt: skip
+    """First places of the next block."""
+    c_x += CX
+    row_ends = c_x >= end_x
+    c_x = tl.where(row_ends, start_x, c_x)
+    c_y += tl.where(row_ends, CY, 0)
+    plane_ends = c_y >= end_y
+    c_y = tl.where(plane_ends, start_y, c_y)
+    return c_z + tl.where(plane_ends, CZ, 0), c_y, c_x
+
+
+@triton.jit
+def _program(tiles, down, across, HEADS: tl.constexpr):
+    """Image, head and tile along each axis of a program. Heads of one tile lie side by side in memory."""
+    program = tl.program_id(0)
+    tile = program // HEADS % tiles
+    image = (program // HEADS // tiles).to(tl.int64)
+    return image, program % HEADS, tile // (down * across), tile // across % down, tile % across
+
+
+@triton.jit(do_not_specialize=["tiles", "down", "across"])
+def forward(
+    q,  # (B, Z, Y, X, HEADS, D), or (B, Z, Y, X, 3, HEADS, D) if PACKED
+    k,
+    v,
+    bias,  # (HEADS, 2 KZ - 1, 2 KY - 1, 2 KX - 1)
+    out,  # (B, Z, Y, X, HEADS, D)
+    lse,  # (B, HEADS, Z, Y, X) float32, base 2
+    scale,
+    Z, Y, X,
+    DZ, DY, DX,
+    tiles, down, across,
+    HEADS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+    SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
+    CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
+    CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries against blocks of the keys that they see."""
+    BLOCK_M: tl.constexpr = TZ * TY * TX
+    PITCH: tl.constexpr = (3 if PACKED else 1) * HEADS * D
+    image, head, tile_z, tile_y, tile_x = _program(tiles, down, across, HEADS)
+    g_z, first_z, size_z = _axis(tile_z, Z, DZ, TZ)
+    g_y, first_y, size_y = _axis(tile_y, Y, DY, TY)
+    g_x, first_x, size_x = _axis(tile_x, X, DX, TX)
+    if (first_z >= size_z) | (first_y >= size_y) | (first_x >= size_x):
+        return
+    m_z, m_y, m_x = _split(tl.arange(0, BLOCK_M), TY, TX)
+    real = (first_z + m_z < size_z) & (first_y + m_y < size_y) & (first_x + m_x < size_x)
+    p_z = tl.minimum(first_z + m_z, size_z - 1)
+    p_y = tl.minimum(first_y + m_y, size_y - 1)
+    p_x = tl.minimum(first_x + m_x, size_x - 1)
+    pixel_q = _pixel(p_z, p_y, p_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+    inward = image * Z * Y * X * PITCH + head * D
+    if PACKED:
+        k = q + HEADS * D
+        v = q + 2 * HEADS * D
+    query = _vectors(q + inward, pixel_q, PITCH, D, BLOCK_D)
+    if HAS_BIAS:
+        bias += head * ((2 * KZ - 1) * (2 * KY - 1) * (2 * KX - 1))
+    factor = tl.cast(scale, tl.float32)
+    highest = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    value = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    n_z, n_y, n_x = _split(tl.arange(0, CZ * CY * CX), CY, CX)
+    start_z, end_z = _union(first_z, size_z, TZ, KZ, SZ, CAUSAL_Z)
+    start_y, end_y = _union(first_y, size_y, TY, KY, SY, CAUSAL_Y)
+    start_x, end_x = _union(first_x, size_x, TX, KX, SX, CAUSAL_X)
+    blocks = tl.cdiv(end_z - start_z, CZ) * tl.cdiv(end_y - start_y, CY) * tl.cdiv(end_x - start_x, CX)
+    c_z, c_y, c_x = start_z, start_y, start_x
+    for _ in tl.range(0, blocks, num_stages=STAGES):
+        j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
+        pixel = _pixel(
+            tl.minimum(j_z, size_z - 1), tl.minimum(j_y, size_y - 1), tl.minimum(j_x, size_x - 1),
+            g_z, g_y, g_x, Y, X, DZ, DY, DX,
+        )  # fmt: skip
+        keys = _vectors(k + inward, pixel, PITCH, D, BLOCK_D)
+        values = _vectors(v + inward, pixel, PITCH, D, BLOCK_D)
+        added = _added(
+            bias, p_z[:, None], p_y[:, None], p_x[:, None], j_z[None, :], j_y[None, :], j_x[None, :],
+            size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X,
+            TZ * CZ > 1, TY * CY > 1, TX * CX > 1, HAS_BIAS,
+        )  # fmt: skip
+        logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * factor + added
+        higher = tl.maximum(highest, tl.max(logits, 1))
+        p = tl.exp2(logits * LOG2E - (higher * LOG2E)[:, None])
+        decay = tl.exp2((highest - higher) * LOG2E)
+        total = total * decay + tl.sum(p, 1)
+        value = tl.dot(p.to(values.dtype), values, value * decay[:, None], input_precision=PRECISION)
+        highest = higher
+        c_z, c_y, c_x = _next(c_z, c_y, c_x, start_y, start_x, end_y, end_x, CZ, CY, CX)
+    target = out + image * Z * Y * X * (HEADS * D) + head * D
+    _put_vectors(target, value * (1.0 / total)[:, None], pixel_q, real, HEADS * D, D, BLOCK_D)
+    statistics = lse + (image * HEADS + head) * Z * Y * X
+    tl.store(statistics + pixel_q, highest * LOG2E + tl.log2(total), mask=real)
+
+
+@triton.jit(do_not_specialize=["tiles", "down", "across"])
+def backward_queries(
+    grad_out,  # (B, Z, Y, X, HEADS, D)
+    q,  # (B, Z, Y, X, HEADS, D), or (B, Z, Y, X, 3, HEADS, D) if PACKED
+    k,
+    v,
+    bias,  # (HEADS, 2 KZ - 1, 2 KY - 1, 2 KX - 1)
+    out,  # (B, Z, Y, X, HEADS, D)
+    lse,  # (B, HEADS, Z, Y, X) float32, base 2
+    delta,  # (B, HEADS, Z, Y, X) float32, written here: sum of out * grad_out
+    grad_q,  # like q
+    scale,
+    Z, Y, X,
+    DZ, DY, DX,
+    tiles, down, across,
+    HEADS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+    SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
+    CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
+    CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a tile of queries, from blocks of the keys that they see."""
+    BLOCK_M: tl.constexpr = TZ * TY * TX
+    PITCH: tl.constexpr = (3 if PACKED else 1) * HEADS * D
+    image, head, tile_z, tile_y, tile_x = _program(tiles, down, across, HEADS)
+    g_z, first_z, size_z = _axis(tile_z, Z, DZ, TZ)
+    g_y, first_y, size_y = _axis(tile_y, Y, DY, TY)
+    g_x, first_x, size_x = _axis(tile_x, X, DX, TX)
+    if (first_z >= size_z) | (first_y >= size_y) | (first_x >= size_x):
+        return
+    m_z, m_y, m_x = _split(tl.arange(0, BLOCK_M), TY, TX)
+    real = (first_z + m_z < size_z) & (first_y + m_y < size_y) & (first_x + m_x < size_x)
+    p_z = tl.minimum(first_z + m_z, size_z - 1)
+    p_y = tl.minimum(first_y + m_y, size_y - 1)
+    p_x = tl.minimum(first_x + m_x, size_x - 1)
+    pixel_q = _pixel(p_z, p_y, p_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+    inward = image * Z * Y * X * PITCH + head * D
+    outward = image * Z * Y * X * (HEADS * D) + head * D
+    statistics = (image * HEADS + head) * Z * Y * X + pixel_q
+    if PACKED:
+        k = q + HEADS * D
+        v = q + 2 * HEADS * D
+    query = _vectors(q + inward, pixel_q, PITCH, D, BLOCK_D)
+    incoming = _vectors(grad_out + outward, pixel_q, HEADS * D, D, BLOCK_D)
+    result = _vectors(out + outward, pixel_q, HEADS * D, D, BLOCK_D)
+    lse_q = tl.load(lse + statistics)
+    delta_q = tl.sum(result.to(tl.float32) * incoming.to(tl.float32), 1)
+    tl.store(delta + statistics, delta_q, mask=real)
+    if HAS_BIAS:
+        bias += head * ((2 * KZ - 1) * (2 * KY - 1) * (2 * KX - 1))
+    factor = tl.cast(scale, tl.float32)
+    gradient = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    n_z, n_y, n_x = _split(tl.arange(0, CZ * CY * CX), CY, CX)
+    start_z, end_z = _union(first_z, size_z, TZ, KZ, SZ, CAUSAL_Z)
+    start_y, end_y = _union(first_y, size_y, TY, KY, SY, CAUSAL_Y)
+    start_x, end_x = _union(first_x, size_x, TX, KX, SX, CAUSAL_X)
+    blocks = tl.cdiv(end_z - start_z, CZ) * tl.cdiv(end_y - start_y, CY) * tl.cdiv(end_x - start_x, CX)
+    c_z, c_y, c_x = start_z, start_y, start_x
+    for _ in tl.range(0, blocks, num_stages=STAGES):
+        j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
+        pixel = _pixel(
+            tl.minimum(j_z, size_z - 1), tl.minimum(j_y, size_y - 1), tl.minimum(j_x, size_x - 1),
+            g_z, g_y, g_x, Y, X, DZ, DY, DX,
+        )  # fmt: skip
+        keys = _vectors(k + inward, pixel, PITCH, D, BLOCK_D)
+        values = _vectors(v + inward, pixel, PITCH, D, BLOCK_D)
+        added = _added(
+            bias, p_z[:, None], p_y[:, None], p_x[:, None], j_z[None, :], j_y[None, :], j_x[None, :],
+            size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X,
+            TZ * CZ > 1, TY * CY > 1, TX * CX > 1, HAS_BIAS,
+        )  # fmt: skip
+        logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * factor + added
+        p = tl.exp2(logits * LOG2E - lse_q[:, None])
+        ds = p * (tl.dot(incoming, tl.trans(values), input_precision=PRECISION) - delta_q[:, None])
+        gradient = tl.dot(ds.to(keys.dtype), keys, gradient, input_precision=PRECISION)
+        c_z, c_y, c_x = _next(c_z, c_y, c_x, start_y, start_x, end_y, end_x, CZ, CY, CX)
+    _put_vectors(grad_q + inward, gradient * factor, pixel_q, real, PITCH, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["tiles", "down", "across"])
+def backward_keys(
+    grad_out,  # (B, Z, Y, X, HEADS, D)
+    q,  # (B, Z, Y, X, HEADS, D), or (B, Z, Y, X, 3, HEADS, D) if PACKED
+    k,
+    v,
+    bias,  # (HEADS, 2 KZ - 1, 2 KY - 1, 2 KX - 1)
+    lse,  # (B, HEADS, Z, Y, X) float32, base 2
+    delta,  # (B, HEADS, Z, Y, X) float32
+    grad_k,  # like k; if PACKED like q
+    grad_v,  # like v; unused if PACKED
+    scale,
+    Z, Y, X,
+    DZ, DY, DX,
+    tiles, down, across,
+    HEADS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+    SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
+    CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
+    CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a tile of keys and values, from blocks of the queries that see them: products are transposed."""
+    BLOCK_N: tl.constexpr = TZ * TY * TX
+    PITCH: tl.constexpr = (3 if PACKED else 1) * HEADS * D
+    image, head, tile_z, tile_y, tile_x = _program(tiles, down, across, HEADS)
+    g_z, first_z, size_z = _axis(tile_z, Z, DZ, TZ)
+    g_y, first_y, size_y = _axis(tile_y, Y, DY, TY)
+    g_x, first_x, size_x = _axis(tile_x, X, DX, TX)
+    if (first_z >= size_z) | (first_y >= size_y) | (first_x >= size_x):
+        return
+    n_z, n_y, n_x = _split(tl.arange(0, BLOCK_N), TY, TX)
+    j_z, j_y, j_x = first_z + n_z, first_y + n_y, first_x + n_x
+    real = (j_z < size_z) & (j_y < size_y) & (j_x < size_x)
+    pixel_k = _pixel(
+        tl.minimum(j_z, size_z - 1), tl.minimum(j_y, size_y - 1), tl.minimum(j_x, size_x - 1),
+        g_z, g_y, g_x, Y, X, DZ, DY, DX,
+    )  # fmt: skip
+    inward = image * Z * Y * X * PITCH + head * D
+    outward = image * Z * Y * X * (HEADS * D) + head * D
+    statistics = (image * HEADS + head) * Z * Y * X
+    if PACKED:
+        k = q + HEADS * D
+        v = q + 2 * HEADS * D
+        grad_v = grad_k + 2 * HEADS * D
+        grad_k += HEADS * D
+    keys = _vectors(k + inward, pixel_k, PITCH, D, BLOCK_D)
+    values = _vectors(v + inward, pixel_k, PITCH, D, BLOCK_D)
+    if HAS_BIAS:
+        bias += head * ((2 * KZ - 1) * (2 * KY - 1) * (2 * KX - 1))
+    factor = tl.cast(scale, tl.float32)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    m_z, m_y, m_x = _split(tl.arange(0, CZ * CY * CX), CY, CX)
+    start_z, end_z = _seers(first_z, size_z, TZ, KZ, SZ, CAUSAL_Z)
+    start_y, end_y = _seers(first_y, size_y, TY, KY, SY, CAUSAL_Y)
+    start_x, end_x = _seers(first_x, size_x, TX, KX, SX, CAUSAL_X)
+    # With strides there may be keys that nobody sees.
+    rows, columns = tl.maximum(end_y - start_y, 0), tl.maximum(end_x - start_x, 0)
+    blocks = tl.cdiv(tl.maximum(end_z - start_z, 0), CZ) * tl.cdiv(rows, CY) * tl.cdiv(columns, CX)
+    c_z, c_y, c_x = start_z, start_y, start_x
+    for _ in tl.range(0, blocks, num_stages=STAGES):
+        there = (c_z + m_z < size_z) & (c_y + m_y < size_y) & (c_x + m_x < size_x)
+        p_z = tl.minimum(c_z + m_z, size_z - 1)
+        p_y = tl.minimum(c_y + m_y, size_y - 1)
+        p_x = tl.minimum(c_x + m_x, size_x - 1)
+        pixel = _pixel(p_z, p_y, p_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+        query = _vectors(q + inward, pixel, PITCH, D, BLOCK_D)
+        incoming = _vectors(grad_out + outward, pixel, HEADS * D, D, BLOCK_D)
+        lse_q = tl.load(lse + statistics + pixel, mask=there, other=float("inf"))
+        delta_q = tl.load(delta + statistics + pixel)
+        added = _added(
+            bias, p_z[None, :], p_y[None, :], p_x[None, :], j_z[:, None], j_y[:, None], j_x[:, None],
+            size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X,
+            TZ * CZ > 1, TY * CY > 1, TX * CX > 1, HAS_BIAS,
+        )  # fmt: skip
+        logits = tl.dot(keys, tl.trans(query), input_precision=PRECISION) * factor + added
+        p = tl.exp2(logits * LOG2E - lse_q[None, :])
+        dv = tl.dot(p.to(incoming.dtype), incoming, dv, input_precision=PRECISION)
+        ds = p * (tl.dot(values, tl.trans(incoming), input_precision=PRECISION) - delta_q[None, :])
+        dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=PRECISION)
+        c_z, c_y, c_x = _next(c_z, c_y, c_x, start_y, start_x, end_y, end_x, CZ, CY, CX)
+    _put_vectors(grad_k + inward, dk * factor, pixel_k, real, PITCH, D, BLOCK_D)
+    _put_vectors(grad_v + inward, dv, pixel_k, real, PITCH, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["tiles", "down", "across", "images"])
+def backward_bias(
+    grad_out,  # (B, Z, Y, X, HEADS, D)
+    q,  # (B, Z, Y, X, HEADS, D), or (B, Z, Y, X, 3, HEADS, D) if PACKED
+    k,
+    v,
+    bias,  # (HEADS, 2 KZ - 1, 2 KY - 1, 2 KX - 1)
+    lse,  # (B, HEADS, Z, Y, X) float32, base 2
+    delta,  # (B, HEADS, Z, Y, X) float32
+    parts,  # (shares, HEADS, blocks, BLOCK_M, BLOCK_N) float32
+    scale,
+    Z, Y, X,
+    DZ, DY, DX,
+    tiles, down, across,
+    images,
+    HEADS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+    SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
+    CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
+    CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
+    STAGES: tl.constexpr,
+    FROM_Z: tl.constexpr, FROM_Y: tl.constexpr, FROM_X: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Program (head, block; share): sum over tiles and images of the gradient of their logits with one block of keys.
+
+    The block stands at the same place relative to each tile, FROM plus a multiple of its sides from the tile's first
+    place, so that an element of the sum always belongs to the same entry of the bias.
+    """
+    BLOCK_M: tl.constexpr = TZ * TY * TX
+    BLOCK_N: tl.constexpr = CZ * CY * CX
+    PITCH: tl.constexpr = (3 if PACKED else 1) * HEADS * D
+    head = tl.program_id(0) % HEADS
+    block = tl.program_id(0) // HEADS
+    m_z, m_y, m_x = _split(tl.arange(0, BLOCK_M), TY, TX)
+    n_z, n_y, n_x = _split(tl.arange(0, BLOCK_N), CY, CX)
+    from_z = FROM_Z + block // (ROWS * COLUMNS) * CZ
+    from_y = FROM_Y + block // COLUMNS % ROWS * CY
+    from_x = FROM_X + block % COLUMNS * CX
+    if PACKED:
+        k = q + HEADS * D
+        v = q + 2 * HEADS * D
+    bias += head * ((2 * KZ - 1) * (2 * KY - 1) * (2 * KX - 1))
+    factor = tl.cast(scale, tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for item in tl.range(tl.program_id(1), tiles * images, tl.num_programs(1), num_stages=STAGES):
+        tile = item % tiles
+        image = (item // tiles).to(tl.int64)
+        g_z, first_z, size_z = _axis(tile // (down * across), Z, DZ, TZ)
+        g_y, first_y, size_y = _axis(tile // across % down, Y, DY, TY)
+        g_x, first_x, size_x = _axis(tile % across, X, DX, TX)
+        c_z, c_y, c_x = first_z + from_z, first_y + from_y, first_x + from_x
+        start_z, end_z = _union(first_z, size_z, TZ, KZ, SZ, CAUSAL_Z)
+        start_y, end_y = _union(first_y, size_y, TY, KY, SY, CAUSAL_Y)
+        start_x, end_x = _union(first_x, size_x, TX, KX, SX, CAUSAL_X)
+        on_map = (first_z < size_z) & (first_y < size_y) & (first_x < size_x)
+        before = (c_z < end_z) & (c_y < end_y) & (c_x < end_x)
+        if on_map & before & (c_z + CZ > start_z) & (c_y + CY > start_y) & (c_x + CX > start_x):
+            there = (first_z + m_z < size_z) & (first_y + m_y < size_y) & (first_x + m_x < size_x)
+            p_z = tl.minimum(first_z + m_z, size_z - 1)
+            p_y = tl.minimum(first_y + m_y, size_y - 1)
+            p_x = tl.minimum(first_x + m_x, size_x - 1)
+            j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
+            pixel_q = _pixel(p_z, p_y, p_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+            pixel_k = _pixel(
+                tl.maximum(tl.minimum(j_z, size_z - 1), 0),
+                tl.maximum(tl.minimum(j_y, size_y - 1), 0),
+                tl.maximum(tl.minimum(j_x, size_x - 1), 0),
+                g_z, g_y, g_x, Y, X, DZ, DY, DX,
+            )  # fmt: skip
+            inward = image * Z * Y * X * PITCH + head * D
+            outward = image * Z * Y * X * (HEADS * D) + head * D
+            statistics = (image * HEADS + head) * Z * Y * X + pixel_q
+            query = _vectors(q + inward, pixel_q, PITCH, D, BLOCK_D)
+            incoming = _vectors(grad_out + outward, pixel_q, HEADS * D, D, BLOCK_D)
+            keys = _vectors(k + inward, pixel_k, PITCH, D, BLOCK_D)
+            values = _vectors(v + inward, pixel_k, PITCH, D, BLOCK_D)
+            lse_q = tl.load(lse + statistics, mask=there, other=float("inf"))
+            delta_q = tl.load(delta + statistics)
+            added = _added(
+                bias, p_z[:, None], p_y[:, None], p_x[:, None], j_z[None, :], j_y[None, :], j_x[None, :],
+                size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X,
+                True, True, True, True,
+            )  # fmt: skip
+            logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * factor + added
+            p = tl.exp2(logits * LOG2E - lse_q[:, None])
+            total += p * (tl.dot(incoming, tl.trans(values), input_precision=PRECISION) - delta_q[:, None])
+    place = (tl.program_id(1) * HEADS + head) * (tl.num_programs(0) // HEADS) + block
+    rows = place.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(parts + rows[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], total)
+
+
+@triton.jit
+def fold_bias(
+    total,  # (HEADS, blocks, BLOCK_M, BLOCK_N) float32
+    grad_bias,  # (HEADS, 2 KZ - 1, 2 KY - 1, 2 KX - 1)
+    KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+    TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
+    CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
+    FROM_Z: tl.constexpr, FROM_Y: tl.constexpr, FROM_X: tl.constexpr,
+    PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Program (entry of the bias, head): the sum over the queries of a tile, of which each has one key at that offset."""
+    BLOCK_M: tl.constexpr = TZ * TY * TX
+    BLOCK_N: tl.constexpr = CZ * CY * CX
+    entry, head = tl.program_id(0), tl.program_id(1)
+    offset_z, offset_y, offset_x = _split(entry, 2 * KY - 1, 2 * KX - 1)
+    m = tl.arange(0, BLOCK_M)
+    m_z, m_y, m_x = _split(m, TY, TX)
+    j_z = m_z + offset_z - (KZ - 1 + FROM_Z)
+    j_y = m_y + offset_y - (KY - 1 + FROM_Y)
+    j_x = m_x + offset_x - (KX - 1 + FROM_X)
+    inside = (j_z >= 0) & (j_y >= 0) & (j_x >= 0)
+    inside &= (j_z < PLANES * CZ) & (j_y < ROWS * CY) & (j_x < COLUMNS * CX)
+    block = (j_z // CZ * ROWS + j_y // CY) * COLUMNS + j_x // CX
+    n = (j_z % CZ * CY + j_y % CY) * CX + j_x % CX
+    pointers = total + ((head * (PLANES * ROWS * COLUMNS) + block) * BLOCK_M + m) * BLOCK_N + n
+    value = tl.sum(tl.load(pointers, mask=inside, other=0.0), 0)
+    tl.store(grad_bias + head * tl.num_programs(0) + entry, value.to(grad_bias.dtype.element_ty))

@@ -1,0 +1,192 @@
+"""Allocates what the neighborhood attention kernels write and launches them. Imports triton."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vizoo.ops import gpu
+from vizoo.ops.registration import launchable, register_flops
+
+from . import kernels, tiles
+from .function import FLOPS
+
+register_flops(FLOPS)
+
+
+class _Call:
+    """What all kernels of one call share, worked out once: small models in eager mode are bound by the host."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        bias: Tensor | None,
+        kernel_size: Sequence[int],
+        dilation: Sequence[int],
+        stride: Sequence[int],
+        causal: Sequence[bool],
+        scale: float,
+    ) -> None:
+        self.packed = key is None
+        self.bias = None if bias is None else bias.contiguous()
+        self.inputs = (*(None if x is None else x.contiguous() for x in (query, key, value)), self.bias)
+        self.images, *space = query.shape[: -3 if self.packed else -2]
+        # Kernels are compiled for these, so a tracer has to settle on them; the map may stay of any size.
+        self.heads, self.d = map(int, query.shape[-2:])
+        self.kernel, self.stride = _three(map(int, kernel_size)), _three(map(int, stride))
+        self.causal = _three(map(int, causal), 0)
+        self.space, self.dilation = _three(space), _three(dilation)
+        self.sizes = _three(-(-L // d) for L, d in zip(self.space, self.dilation, strict=True))
+        self.scale = scale
+        self.dtype, self.itemsize = query.dtype, query.element_size()
+
+    def tile(self, kind: tiles.Kind) -> tiles.Tile:
+        fixed = _three(size if type(size) is int else tiles.UNKNOWN for size in self.sizes)
+        return tiles.tiled(kind, fixed, self.kernel, self.d, self.itemsize)
+
+    def tile_counts(self, tile: tiles.Tile) -> tuple[int, int, int]:
+        """Tiles of all groups along each axis."""
+        each = zip(self.sizes, self.dilation, tile.tile, strict=True)
+        return _three(dilation * -(-size // side) for size, dilation, side in each)
+
+    def numbers(self, counts: Sequence[int]) -> tuple[Any, ...]:
+        """What kernels take as arguments of any value."""
+        return self.scale, *self.space, *self.dilation, math.prod(counts), *counts[1:]
+
+    def constants(self, tile: tiles.Tile) -> dict[str, Any]:
+        """What kernels are compiled for."""
+        return {
+            "HEADS": self.heads,
+            "D": self.d,
+            "BLOCK_D": tiles.power_of_two(self.d),
+            **_by_axis("K", self.kernel),
+            **_by_axis("S", self.stride),
+            **_by_axis("CAUSAL_", self.causal),
+            "PACKED": self.packed,
+            "HAS_BIAS": self.bias is not None,
+            "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",  # halves have but one precision
+            **_by_axis("T", tile.tile),
+            **_by_axis("C", tile.block),
+            "STAGES": tile.stages,
+            "num_warps": tile.warps,
+        }
+
+
+def forward(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    stride: Sequence[int],
+    causal: Sequence[bool],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output, and the log-sum-exp of each query."""
+    call = _Call(query, key, value, bias, kernel_size, dilation, stride, causal, scale)
+    space = query.shape[1 : 1 + len(kernel_size)]
+    out = query.new_empty((call.images, *space, call.heads, call.d))
+    lse = query.new_empty((call.images, call.heads, *space), dtype=torch.float32)
+    if out.numel():
+        tile = call.tile("forward")
+        counts = call.tile_counts(tile)
+        with gpu.on(query.device):
+            launchable(kernels.forward)[(call.images * call.heads * math.prod(counts),)](
+                *call.inputs, out, lse, *call.numbers(counts), **call.constants(tile)
+            )
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    stride: Sequence[int],
+    causal: Sequence[bool],
+    scale: float,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value and bias; None where there is no such input, or nobody asked."""
+    call = _Call(query, key, value, bias, kernel_size, dilation, stride, causal, scale)
+    grad_query, grad_key, grad_value = (None if x is None else torch.empty_like(x) for x in call.inputs[:3])
+    grad_bias = torch.zeros_like(bias) if bias_gradient and bias is not None else None
+    if out.numel():
+        grad_out, delta = grad_out.contiguous(), torch.empty_like(lse)
+        with gpu.on(query.device):
+            tile = call.tile("queries")
+            counts = call.tile_counts(tile)
+            launchable(kernels.backward_queries)[(call.images * call.heads * math.prod(counts),)](
+                grad_out, *call.inputs, out, lse, delta, grad_query, *call.numbers(counts), **call.constants(tile)
+            )
+            tile = call.tile("keys")
+            counts = call.tile_counts(tile)
+            keys = (grad_query, None) if call.packed else (grad_key, grad_value)
+            launchable(kernels.backward_keys)[(call.images * call.heads * math.prod(counts),)](
+                grad_out, *call.inputs, lse, delta, *keys, *call.numbers(counts), **call.constants(tile)
+            )
+            if grad_bias is not None:
+                grad_bias = _bias_gradient(call, grad_out, lse, delta)
+    return grad_query, grad_key, grad_value, grad_bias
+
+
+def _bias_gradient(call: _Call, grad_out: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """Sums over shares of all tiles and images, written side by side and added up in one order: no atomics."""
+    tile = call.tile("bias")
+    counts = call.tile_counts(tile)
+    begin, blocks = zip(*(_reach(call, tile, axis) for axis in range(3)), strict=True)
+    pairs = call.heads * math.prod(blocks)
+    shares = max(1, gpu.multiprocessors(grad_out.device) * tile.per_sm // pairs)
+    block = math.prod(tile.tile), math.prod(tile.block)
+    parts = lse.new_empty((shares, call.heads, math.prod(blocks), *block))
+    grid = {**_by_axis("FROM_", begin), "ROWS": blocks[1], "COLUMNS": blocks[2]}
+    launchable(kernels.backward_bias)[(pairs, shares)](
+        grad_out, *call.inputs, lse, delta, parts, *call.numbers(counts), call.images, **grid, **call.constants(tile)
+    )
+    total = parts.sum(0)
+    grad_bias = torch.empty_like(call.inputs[3])
+    entries = math.prod(2 * side - 1 for side in call.kernel)
+    launchable(kernels.fold_bias)[(entries, call.heads)](
+        total, grad_bias, PLANES=blocks[0], **grid,
+        **_by_axis("K", call.kernel), **_by_axis("T", tile.tile), **_by_axis("C", tile.block),
+    )  # fmt: skip
+    return grad_bias
+
+
+def _reach(call: _Call, tile: tiles.Tile, axis: int) -> tuple[int, int]:
+    """Where, relative to a tile, the first key stands that any tile sees, and the blocks from there to the last."""
+    K, T, C, size = call.kernel[axis], tile.tile[axis], tile.block[axis], call.sizes[axis]
+    low, high = 1 - K, T + K - 2
+    if call.stride[axis] == 1 and not call.causal[axis]:
+        high = max(T - 1 + (K - 1 - K // 2), K - 1)
+        if type(size) is int and type(call.space[axis]) is int:
+            # Windows start at most this far before a last tile; groups come in two sizes.
+            last = min((n - 1) % T + 1 for n in (size, call.space[axis] // call.dilation[axis]))
+            low = min(-(K // 2), last - K)
+            if size <= T:
+                low, high = 0, size - 1
+    return low, -(-(high - low + 1) // C)
+
+
+def _three(values: Any, rest: int = 1) -> tuple[Any, Any, Any]:
+    """Values of 1 to 3 axes for (planes, rows, columns); the only axis is that of rows."""
+    values = tuple(values)
+    if len(values) == 1:
+        return rest, values[0], rest
+    return values if len(values) == 3 else (rest, *values)
+
+
+def _by_axis(prefix: str, values: Sequence[int]) -> dict[str, int]:
+    return {prefix + axis: value for axis, value in zip("ZYX", values, strict=True)}

@@ -1,0 +1,75 @@
+"""Launch parameters of the neighborhood attention kernels.
+
+All of them stay below 99 KiB of shared memory, the least that GPUs of compute capability 8.0 to 12.0 give a program.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+Kind = Literal["forward", "queries", "keys", "bias"]
+Sides = tuple[int, int, int]
+
+KEY_COST = 40 * 2**-5
+"""Time to fetch a channel of a key and its value, in that of a query-key pair: an estimate, L2 against instructions."""
+STEP_COST = 1280
+"""Time of a step of the loop over blocks beyond that of its pairs and keys, in that of a pair: likewise."""
+UNKNOWN = 2**20
+"""Stands for the size of an axis that tracing leaves free."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel is launched.
+
+    Attributes:
+        tile: Places of a tile along each axis, powers of two; queries, or keys in the kernel of their gradients.
+        block: Places of a block that a tile meets at a time, likewise.
+        warps: Warps of a program.
+        stages: Loop iterations whose loads are in flight at once.
+        per_sm: Programs for each multiprocessor, of the kernel that loops over tiles.
+    """
+
+    tile: Sides
+    block: Sides
+    warps: int
+    stages: int
+    per_sm: int = 4
+
+
+def power_of_two(n: int) -> int:
+    """Smallest power of two that is at least n, and at least 16, the least a matrix unit takes."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+@lru_cache(maxsize=256)
+def tiled(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Tile:
+    """Tile and block for groups of so many places along each axis and windows of so many.
+
+    Of all shapes with one number of queries and one of keys these are the ones that cost least by the estimate above:
+    what counts is how many pairs are visited that nobody sees.
+    """
+    side = 64 if itemsize == 2 or d <= 32 else 32 if d <= 64 else 16
+    shapes = itertools.product(_boxes(side), _boxes(side))
+    tile, block = min(shapes, key=lambda shape: _cost(*shape, sizes, kernel, d))
+    return Tile(tile, block, warps=side // 16, stages=2 if kind == "forward" and itemsize == 2 else 1)
+
+
+def _boxes(volume: int) -> list[Sides]:
+    """All boxes of a volume whose sides are powers of two."""
+    sides = [1 << i for i in range(volume.bit_length())]
+    return [(z, y, volume // (z * y)) for z in sides for y in sides if volume % (z * y) == 0]
+
+
+def _cost(tile: Sides, block: Sides, sizes: Sides, kernel: Sides, d: int) -> float:
+    """Estimated time for each place of a group, in visits of a pair."""
+    tiles = math.prod(-(-size // side) for size, side in zip(sizes, tile, strict=True)) / math.prod(sizes)
+    blocks = math.prod(
+        -(-min(side + reach - 1, size) // step)
+        for side, step, reach, size in zip(tile, block, kernel, sizes, strict=True)
+    )
+    return tiles * blocks * (math.prod(block) * (math.prod(tile) + KEY_COST * d) + STEP_COST)
