@@ -146,8 +146,8 @@ def _axis(L: int, K: int, dilation: int, stride: int, causal: bool, block: int, 
         block = _ceil(longest, count)
         span = min(K + _ceil(block - 1, stride) * stride, longest)
     else:
-        # One to spare if tracing cannot tell whether there are several: a size of 1 would be a guard.
-        count = count if known(count > 1) else count + 1
+        # One to spare: tracing guards a size that might be 1, and one that divides without a remainder.
+        count = count + 1
         span = K + _ceil(block - 1, stride) * stride
     number = torch.arange(dilation * count, device=device)[:, None]
     group = number // count
