@@ -250,6 +250,15 @@ def convolve(conv: nn.Conv2d, x: Tensor, residual: bool = False) -> Tensor:
     return x + out if residual else out
 
 
+def crop(x: Tensor, height: int, width: int) -> Tensor:
+    """The upper left part of a map: (B, H, W, C) to (B, height, width, C)."""
+    if isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt):
+        # Slicing asks which size is larger, and binds an exported program to the answer.
+        x = x.index_select(1, torch.arange(height, device=x.device))
+        return x.index_select(2, torch.arange(width, device=x.device))
+    return x[:, :height, :width]
+
+
 def pool_regions(x: Tensor, regions: int, mode: Pooling, size: int) -> Tensor:
     """Pool inside each region of a map: (B, H, W, ...) to (B, regions * p, regions * p', ...).
 
@@ -261,8 +270,9 @@ def pool_regions(x: Tensor, regions: int, mode: Pooling, size: int) -> Tensor:
     """
     batch, height, width = x.shape[:3]
     rows, columns = height // regions, width // regions
-    cells = x.flatten(3).view(batch, regions, rows, regions, columns, -1).permute(0, 1, 3, 5, 2, 4)
-    cells = cells.reshape(-1, cells.shape[3], rows, columns)
+    x, channels = x.flatten(3), x.shape[3:]
+    cells = x.view(batch, regions, rows, regions, columns, x.shape[3]).permute(0, 1, 3, 5, 2, 4)
+    cells = cells.reshape(batch * regions**2, x.shape[3], rows, columns)
     if mode.startswith("ada_"):
         pool: Callable[..., Tensor] = F.adaptive_avg_pool2d if mode == "ada_avgpool" else F.adaptive_max_pool2d
         cells = pool(cells, size)
@@ -270,7 +280,7 @@ def pool_regions(x: Tensor, regions: int, mode: Pooling, size: int) -> Tensor:
         pool = F.avg_pool2d if mode == "avgpool" else F.max_pool2d
         cells = pool(cells, (smaller(size, rows), smaller(size, columns)))
     cells = cells.view(batch, regions, regions, *cells.shape[1:]).permute(0, 1, 4, 2, 5, 3)
-    return cells.flatten(3, 4).flatten(1, 2).unflatten(-1, x.shape[3:])
+    return cells.flatten(3, 4).flatten(1, 2).unflatten(-1, channels)
 
 
 class RoutingAttention(nn.Module):
@@ -300,7 +310,7 @@ class RoutingAttention(nn.Module):
         out = self.attend(qkv, region_size).flatten(3)
         if self.lepe is not None:
             out = out + convolve(self.lepe, qkv[..., -channels:])
-        return self.proj(out[:, :height, :width])
+        return self.proj(crop(out, height, width))
 
     def cut(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The map, padded where this form of the attention pads it, and rows and columns of its regions."""
@@ -340,10 +350,10 @@ class RoutingAttention(nn.Module):
 
     def describe(self, x: Tensor, router: nn.Linear) -> Tensor:
         """Means of regions, (B, H, W, heads, d) to (B, regions, regions, heads, d), behind the routing's own layer."""
-        batch, height, width, heads, _ = x.shape
-        x = x.reshape(batch, self.regions, height // self.regions, self.regions, width // self.regions, -1)
+        height, width, heads = x.shape[1:4]
         wide = torch.promote_types(x.dtype, torch.float32)
-        means = x.mean((2, 4), dtype=wide)
+        x = x.flatten(3).unflatten(2, (self.regions, width // self.regions))
+        means = x.unflatten(1, (self.regions, height // self.regions)).mean((2, 4), dtype=wide)
         with without_autocast(x.device):
             return F.linear(means, router.weight.to(wide), router.bias.to(wide)).unflatten(-1, (heads, -1))
 
@@ -366,7 +376,7 @@ class Attention(nn.Module):
         """(B, H, W, C) to the same shape."""
         batch, height, width, channels = x.shape
         qkv = self.qkv(x)
-        q, k, v = qkv.view(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+        q, k, v = qkv.view(batch, height * width, 3, self.heads, channels // self.heads).permute(2, 0, 3, 1, 4).unbind()
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
         if self.lepe is not None:
             out = out + convolve(self.lepe, qkv[..., -channels:] if self.refactored else x)
@@ -634,10 +644,10 @@ FAMILY = Family(
     layouts=(OFFICIAL_LAYOUT,),
     tiny={
         "img_size": 64,
-        "n_win": 3,
+        "n_win": 2,
         "embed_dims": (16, 32, 64, 128),
         "depths": (1, 1, 1, 1),
-        "topk": (1, 2, 4, "attention"),
+        "topk": (1, 2, 3, "attention"),
         "head_dim": 16,
         "drop_path_rate": 0.0,
     },

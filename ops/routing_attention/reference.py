@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vizoo.ops.tracing import known, without_autocast
 
-from .routes import Pair, grid, padded_to_regions
+from .routes import Pair, are_symbolic, grid, padded_to_regions, positions
 
 MANY_KEYS = 512
 """From so many keys a query on, logits are kept out of memory on a CPU, too; for fewer that is the slower way."""
@@ -39,8 +39,7 @@ def routing_attention_reference(
         q, k, v = _regions(q, region_size), _regions(k, kept), _regions(v, kept)  # (B, h, R, T, d)
         k, v = _gather(k, routes, route_weights), _gather(v, routes, route_weights)  # (B, h, R, k * T, d)
         out = _attend(*(x.flatten(1, 2) for x in (q, k, v)), scale)  # (B, h * R, T, e)
-    out = out.view(B, h, down, across, *region_size, -1).permute(0, 2, 4, 3, 5, 1, 6)
-    return out.reshape(B, down * region_size[0], across * region_size[1], h, -1)[:, :H, :W]
+    return _map(out.view(B, h, down * across, *out.shape[2:]), (H, W), region_size)
 
 
 def key_region_size(query: Tensor, key: Tensor, region_size: Pair) -> Pair:
@@ -57,8 +56,25 @@ def _regions(x: Tensor, region_size: Pair) -> Tensor:
     B, H, W, h, d = x.shape
     rows, cols = region_size
     down, across = grid(H, W, region_size)
-    x = padded_to_regions(x, region_size).view(B, down, rows, across, cols, h, d)
+    x = padded_to_regions(x, region_size)
+    if are_symbolic(region_size):
+        y, column = positions((down, across), region_size, x.device)
+        return x[:, y, column].permute(0, 3, 1, 2, 4)
+    x = x.view(B, down, rows, across, cols, h, d)
     return x.permute(0, 5, 1, 3, 2, 4, 6).reshape(B, h, down * across, rows * cols, d)
+
+
+def _map(x: Tensor, size: Pair, region_size: Pair) -> Tensor:
+    """The map of which these are the regions: (B, h, R, T, e) -> (B, H, W, h, e)."""
+    B, h, _, _, e = x.shape
+    (H, W), (rows, cols) = size, region_size
+    down, across = grid(H, W, region_size)
+    if are_symbolic(region_size):
+        y, column = torch.arange(H, device=x.device)[:, None], torch.arange(W, device=x.device)
+        found = x[:, :, y // rows * across + column // cols, y % rows * cols + column % cols]
+        return found.permute(0, 2, 3, 1, 4)
+    x = x.view(B, h, down, across, rows, cols, e).permute(0, 2, 4, 3, 5, 1, 6)
+    return x.reshape(B, down * rows, across * cols, h, e)[:, :H, :W]
 
 
 def _gather(x: Tensor, routes: Tensor, weights: Tensor | None) -> Tensor:

@@ -104,7 +104,11 @@ def region_means(x: Tensor, region_size: Pair) -> Tensor:
     down, across = grid(H, W, region_size)
     wide = torch.promote_types(x.dtype, torch.float32)
     whole = padded_to_regions(x, region_size)
-    sums = whole.view(B, down, rows, across, cols, *x.shape[3:]).sum((2, 4), dtype=wide)
+    if are_symbolic(region_size):
+        y, column = positions((down, across), region_size, x.device)
+        sums = whole[:, y, column].sum(2, dtype=wide).unflatten(1, (down, across))
+    else:
+        sums = whole.view(B, down, rows, across, cols, *x.shape[3:]).sum((2, 4), dtype=wide)
     if whole is x:
         return sums.flatten(1, 2) / (rows * cols)
     count = _extent(H, rows, down, x)[:, None] * _extent(W, cols, across, x)
@@ -113,7 +117,24 @@ def region_means(x: Tensor, region_size: Pair) -> Tensor:
 
 def grid(H: int, W: int, region_size: Pair) -> Pair:
     """Regions of a map: how many down, and how many across."""
-    return (H + region_size[0] - 1) // region_size[0], (W + region_size[1] - 1) // region_size[1]
+    # Of all ways to round up, the one that gives a plain number where so many regions of a symbolic size are the map.
+    return -(-H // region_size[0]), -(-W // region_size[1])
+
+
+def are_symbolic(region_size: Pair) -> bool:
+    """Whether regions have a size that only a run of an exported program will know.
+
+    A view that cuts such regions, or puts them together, would settle how that size compares with their number.
+    """
+    return any(isinstance(side, torch.SymInt) for side in region_size)
+
+
+def positions(regions: Pair, region_size: Pair, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column of each position on the map, by region and by position in it, (R, T)."""
+    (down, across), (rows, cols) = regions, region_size
+    region = torch.arange(down * across, device=device)[:, None]
+    inner = torch.arange(rows * cols, device=device)
+    return region // across * rows + inner // cols, region % across * cols + inner % cols
 
 
 def padded_to_regions(x: Tensor, region_size: Pair) -> Tensor:
