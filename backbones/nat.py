@@ -88,6 +88,8 @@ class NatConfig:
             )
         if self.embed_dim % 2:
             raise ValueError(f"embed_dim must be even, for the stem halves it, got {self.embed_dim}")
+        if self.layer_scale is not None and self.layer_scale <= 0:
+            raise ValueError(f"layer_scale must be positive, or None for none, got {self.layer_scale}")
         check_kernel(self.kernel_size)
         check_size_and_rate(self.img_size, self.drop_path_rate)
         check_heads(self.channels, self.num_heads)
@@ -182,7 +184,10 @@ def crop(x: Tensor, height: int, width: int) -> Tensor:
 
 
 class NatBlock(nn.Module):
-    """Pre-norm block: attention and an MLP, each on a residual branch, which a learned factor may scale."""
+    """Pre-norm block: attention and an MLP, each on a residual branch, which learned factors may scale."""
+
+    gamma1: nn.Parameter | None
+    gamma2: nn.Parameter | None
 
     def __init__(
         self, channels: int, attention: nn.Module, mlp_ratio: float, drop_path: float, layer_scale: float | None = None

@@ -135,7 +135,8 @@ class GlobalAttention(nn.Module):
 
     def bias(self, rows: int, columns: int) -> Tensor:
         """Position bias (heads, N, N) of a map of N = rows * columns positions."""
-        table, size = self.rpb, (2 * rows - 1, 2 * columns - 1)
+        table: Tensor = self.rpb
+        size = (2 * rows - 1, 2 * columns - 1)
         if not all(known(have == want) for have, want in zip(table.shape[1:], size, strict=True)):
             table = F.interpolate(table[None], size=size, mode="bicubic", align_corners=False)[0]
         index = relative_position_index(rows, columns, table.device)
