@@ -1,4 +1,4 @@
-"""Models of this library beside what one would pick instead: timm and torchvision, eager and compiled, in one run.
+"""Models of this library beside what one would pick instead: timm and torchvision, eager, compiled and as CUDA graphs, in one run.
 
 All contestants for one shape are built first, then timed in turn, step by step, so that a drift of the machine meets
 them alike. Results go to benchmarks/results/ with hardware, driver, versions and commit, losses too.
@@ -130,7 +130,7 @@ def measure(
             step = make_step(
                 entry.build().to(device),
                 case.mode,  # type: ignore[arg-type]
-                compiled=entry.execution == "compiled",
+                execution=entry.execution,  # type: ignore[arg-type]
                 shape=(case.batch_size, 3, *case.img_size),
                 device=device,
                 dtype=options.dtype,
@@ -256,7 +256,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(DEFAULT_MODELS), help="names of the zoo")
     parser.add_argument("--peers", nargs="*", default=["timm", "torchvision"], choices=["timm", "torchvision"])
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
-    parser.add_argument("--executions", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    parser.add_argument("--executions", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled", "graphs"])
     parser.add_argument("--batch-size", nargs="+", type=int, help="default: 128 on a GPU, 1 and 8 on a CPU")
     parser.add_argument("--img-size", type=sides, help="side of the images, or 800x1344; default: each model's own")
     parser.add_argument("--features", action="store_true", help="measure the pyramid of maps that a detector takes")

@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("model", help="a name of the zoo")
     parser.add_argument("--library", choices=["vizoo", "timm"], default="vizoo")
     parser.add_argument("--mode", choices=["training", "inference"], default="training")
+    parser.add_argument("--execution", choices=["eager", "compiled", "graphs"], default="compiled")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--first", type=int, default=40, help="kernels to show")
     options = parser.parse_args()
@@ -65,7 +66,7 @@ def main() -> None:
     own = options.library == "vizoo"
     model = vizoo.create_model(options.model) if own else from_timm(TIMM[options.model], sides, False)
     device, shape = torch.device("cuda"), (options.batch_size, 3, *sides)
-    step = make_step(model.to(device), options.mode, compiled=True, shape=shape, device=device, dtype="bfloat16")
+    step = make_step(model.to(device), options.mode, execution=options.execution, shape=shape, device=device, dtype="bfloat16")
     wall(step, 4)
     milliseconds = wall(step, 10)
     times, launches = kernels(step)

@@ -29,7 +29,8 @@ from .create import create_model
 from .environment import device_name
 
 Mode = Literal["inference", "training"]
-Execution = Literal["eager", "compiled"]
+Execution = Literal["eager", "compiled", "graphs"]
+"""`graphs`: compiled, and replayed as CUDA graphs, which spares the host its launches (torch's `reduce-overhead`)."""
 Step = Callable[[], object]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,7 +63,7 @@ class Measurement:
     Attributes:
         model: Its name.
         mode: `inference` or `training`.
-        execution: `eager` or `compiled`.
+        execution: `eager`, `compiled` or `graphs`.
         device: Name of the hardware.
         threads: CPU threads torch may use.
         dtype: Type computed in; anything but float32 by autocast.
@@ -150,7 +151,8 @@ def benchmark(
         "img_size": sides,
     }
     try:
-        step = make_step(built, mode, compiled=compiled, shape=(batch_size, 3, *sides), device=place, dtype=dtype)
+        shape = (batch_size, 3, *sides)
+        step = make_step(built, mode, execution=facts["execution"], shape=shape, device=place, dtype=dtype)
         timing = time_steps({"": step}, place, steps=steps, warmup=warmup)[""]
         peak = memory.of(step)
     except (RuntimeError, MemoryError) as error:  # out of memory, or no compiler on this machine
@@ -171,7 +173,7 @@ def make_step(
     model: nn.Module,
     mode: Mode,
     *,
-    compiled: bool,
+    execution: Execution,
     shape: Sequence[int],
     device: torch.device,
     dtype: str,
@@ -181,14 +183,16 @@ def make_step(
     Args:
         model: Any module that takes images, on the device already; left in eval or training mode.
         mode: `inference` or `training`.
-        compiled: Run `torch.compile(model)`.
+        execution: Run the model as it is, compiled, or compiled into CUDA graphs.
         shape: Shape of the batch (B, C, H, W).
         device: Where the model is.
         dtype: A key of `DTYPES`.
     """
     model.train(mode == "training")
     images = torch.randn(*shape, device=device)
-    forward: Any = torch.compile(model) if compiled else model
+    forward: Any = model
+    if execution != "eager":
+        forward = torch.compile(model, mode="reduce-overhead" if execution == "graphs" else None)
     context = _autocast(device, dtype)
     if mode == "inference":
         return lambda: _infer(forward, images, context)

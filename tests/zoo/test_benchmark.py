@@ -95,7 +95,7 @@ def test_a_model_of_the_zoo_takes_its_own_size_or_another(tiny_model: str) -> No
 
 def test_maps_can_be_trained_on(tiny_model: str) -> None:
     model = vizoo.create_model(tiny_model, features_only=True)
-    step = make_step(model, "training", compiled=False, shape=(1, 3, 32, 32), device=CPU, dtype="float32")
+    step = make_step(model, "training", execution="eager", shape=(1, 3, 32, 32), device=CPU, dtype="float32")
     before = [p.detach().clone() for p in model.parameters()]
     step()
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
