@@ -514,7 +514,10 @@ def dense_forward(
     STAGES: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
 ):
-    """Program (image and head, i): every so many tiles of the queries of an image, against all its keys."""
+    """Program (image and head, i): every so many tiles of the queries of an image, against all its keys.
+
+    Tiles of logits stand keys by queries, for then a thread has the bits of few keys to keep, and keys stay in place.
+    """
     if PACKED:
         k = q + HEADS * D
         v = q + 2 * HEADS * D
@@ -536,12 +539,13 @@ def dense_forward(
     for tile in tl.range(tl.program_id(1), tl.cdiv(H * W, BLOCK_M), tl.num_programs(1), num_stages=STAGES):
         pixel, real, routed = _some_queries(tile, routes, H, W, rows, cols, across, SLOTS, BLOCK_SLOTS, BLOCK_M)
         queries = _load_rows(q, pixel, real, PITCH_Q, D, BLOCK_D)
-        logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * factor
-        logits = tl.where((routed[:, None] & bit[None, :]) != 0, logits, float("-inf"))
-        highest = tl.max(logits, 1)
-        p = tl.exp2(logits - highest[:, None])
-        total = tl.sum(p, 1)
-        value = tl.dot(p.to(values.dtype), values, input_precision=PRECISION) * (1.0 / total)[:, None]
+        logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * factor
+        logits = tl.where((bit[:, None] & routed[None, :]) != 0, logits, float("-inf"))
+        highest = tl.max(logits, 0)
+        p = tl.exp2(logits - highest[None, :])
+        total = tl.sum(p, 0)
+        p = (p * (1.0 / total)[None, :]).to(values.dtype)
+        value = tl.dot(tl.trans(p), values, input_precision=PRECISION)
         _store_rows(out, value, pixel, real, HEADS * E, E, BLOCK_E)
         tl.store(lse + pixel, highest + tl.log2(total), mask=real)
 

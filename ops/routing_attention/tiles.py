@@ -67,10 +67,13 @@ def routed(queries: int | None, keys: int | None, d: int, itemsize: int) -> Tile
 
 
 def routed_keys(keys: int | None, d: int, itemsize: int) -> Tile:
-    """Tile of the kernel for the gradients of the keys of a region, of which there are so many; None for large ones."""
+    """Tile of the kernel for the gradients of the keys of a region, of which there are so many; None for large ones.
+
+    Regions differ in how many queries look at them: where they are small, long tiles would often be half empty.
+    """
     longest = side(d, itemsize)
     cols = longest if keys is None else min(longest, power_of_two(keys))
-    return Tile(longest, cols, warps=max(1, cols // 16), stages=1)
+    return Tile(longest if cols == longest else min(longest, 32), cols, warps=2 if cols < 64 else 4, stages=1)
 
 
 def is_dense(regions: int, region: int, keys: int, k: int, d: int, itemsize: int) -> bool:
@@ -93,6 +96,6 @@ def is_dense(regions: int, region: int, keys: int, k: int, d: int, itemsize: int
 
 
 def dense(keys: int, backward: bool) -> Tile:
-    """Tile of the kernels that hold all keys of a small map at once."""
+    """Tile of the kernels that hold all keys of a small map at once, in registers."""
     cols = power_of_two(keys)
-    return Tile(32 if backward else 64, cols, warps=8 if cols >= 128 else 4, stages=2)
+    return Tile(32, cols, warps=8 if backward and cols > 128 else 4, stages=1 if backward else 2)

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from vizoo import ops
 from vizoo.ops import region_affinity, region_routes, routing_attention
-from vizoo.ops.routing_attention import reference, tiles
+from vizoo.ops.routing_attention import function, launch, reference, tiles
+from vizoo.ops.routing_attention.function import FLOPS
 
 Pair = tuple[int, int]
 
@@ -194,6 +197,248 @@ def test_kernels(case: Case, dtype: torch.dtype, device: torch.device, checks: A
     checks.factor_two(case.call("triton"), case.plain, case.call("reference"), tensors)
 
 
+@pytest.mark.parametrize("case", [ROUTED[0], ROUTED[6], LARGE_REGIONS[1], DENSE[1]], ids=str)
+def test_kernels_take_any_strides(case: Case, device: torch.device, checks: Any) -> None:
+    tensors = case.tensors(torch.float32, device)
+    incoming = torch.randn(case.batch, *case.map, case.heads, case.e or case.d, device=device)
+    expected = checks.values_and_gradients(case.call("triton"), tensors, incoming)
+    spread = {name: checks.scattered(tensor) for name, tensor in tensors.items()}
+    leaves = {name: tensor.requires_grad_() for name, tensor in spread.items()}
+    out = case.call("triton")(leaves)
+    gradients = torch.autograd.grad(out, list(leaves.values()), checks.scattered(incoming))
+    for name, value in zip(("output", *leaves), (out, *gradients), strict=True):
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", [ROUTED[0], ROUTED[2], DENSE[0]], ids=str)
+def test_packed_is_the_same_as_apart(case: Case, device: torch.device) -> None:
+    packed = case.tensors(torch.float32, device)["query"].requires_grad_()
+    views = dict(zip(("query", "key", "value"), packed.unbind(3), strict=True))
+    for name, view in views.items():
+        assert launch._pitched(view)[0] is view, f"{name} is copied"
+    out, apart = case.call("triton")({"query": packed}), case.call("triton")(views)
+    torch.testing.assert_close(out, apart, rtol=0, atol=0)
+    for way in (out, apart):
+        way.square().sum().backward()
+        grad, packed.grad = packed.grad, None
+        if way is out:
+            first = grad
+    torch.testing.assert_close(first, grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 1, 4), (1, 1, 3, 2, 4), (1, 3, 4, 1, 4)], ids=str)
+def test_sizes_of_one_lie_anywhere(shape: tuple[int, ...], device: torch.device) -> None:
+    wide = torch.randn(*shape[:-1], 3, shape[-1], device=device)
+    routes = torch.zeros(shape[0], shape[1] * shape[2], 1, dtype=torch.int64, device=device)
+    q, k, v = wide.unbind(-2)
+    for implementation in ("reference", "triton"):
+        out = routing_attention(q, k, v, routes=routes, region_size=1, implementation=implementation)
+        torch.testing.assert_close(out, v[:, :1, :1].expand_as(v))
+
+
+def test_routes_beyond_the_map_lead_to_nothing(device: torch.device) -> None:
+    """The reference refuses them; the kernels, which cannot, must at least not read memory that is not theirs."""
+    case = Case((4, 6), (2, 3), k=2)
+    query = case.tensors(torch.float32, device)["query"]
+    routes = torch.tensor([[[0, 4], [5, 2], [9, 1], [3, 2]]], device=device)
+    out = routing_attention(query, routes=routes, region_size=case.region, implementation="triton")
+    torch.testing.assert_close(out, by_hand(*query.unbind(3), routes, case.region, None))
+
+
+def test_kernels_take_an_empty_batch(device: torch.device) -> None:
+    case = Case((4, 6), (2, 3), k=2, batch=0, weights=True)
+    tensors = {name: tensor.requires_grad_() for name, tensor in case.tensors(torch.float32, device).items()}
+    case.call("triton")(tensors).sum().backward()
+    assert tensors["query"].grad.shape == (0, 4, 6, 3, 1, 16)
+    assert tensors["route_weights"].grad.shape == (0, 4, 2)
+
+
+def registered(tensors: dict[str, Tensor], case: Case) -> Tensor:
+    return torch.ops.vizoo.routing_attention(*positional(tensors, case), case.region, case.d**-0.5)[0]
+
+
+def positional(tensors: dict[str, Tensor], case: Case) -> tuple[Tensor | None, ...]:
+    routes = case.routes().to(tensors["query"].device)
+    return tensors["query"], tensors.get("key"), tensors.get("value"), routes, tensors.get("route_weights")
+
+
+EACH = [ROUTED[1], ROUTED[6], LARGE_REGIONS[0], DENSE[0], DENSE[1]]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_operator_is_registered_well(case: Case, device: torch.device) -> None:
+    tensors = {name: tensor.requires_grad_() for name, tensor in case.tensors(torch.float32, device).items()}
+    torch.library.opcheck(function._forward, (*positional(tensors, case), case.region, 0.25))
+
+
+@pytest.mark.parametrize("case", EACH, ids=str)
+def test_direct_launch_equals_the_registered_operator(case: Case, device: torch.device, checks: Any) -> None:
+    tensors = case.tensors(torch.float32, device)
+    incoming = torch.randn(case.batch, *case.map, case.heads, case.e or case.d, device=device)
+    direct = checks.values_and_gradients(case.call("triton"), tensors, incoming)
+    for name, value in checks.values_and_gradients(lambda x: registered(x, case), tensors, incoming).items():
+        torch.testing.assert_close(direct[name], value, rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(case.call("triton")(tensors), direct["output"], rtol=0, atol=0)
+
+
+def test_tracers_see_the_registered_operator(device: torch.device) -> None:
+    case = ROUTED[0]
+    traced = make_fx(lambda query: case.call("triton")({"query": query}))
+    assert "torch.ops.vizoo.routing_attention" in traced(case.tensors(torch.float32, device)["query"]).code
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_second_derivative_is_refused(direct: bool, device: torch.device) -> None:
+    case = ROUTED[0]
+    tensors = {name: tensor.requires_grad_() for name, tensor in case.tensors(torch.float32, device).items()}
+    out = case.call("triton")(tensors) if direct else registered(tensors, case)
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"once_differentiable|autograd formula"):
+        torch.autograd.grad(out.square().sum(), tensors["query"], create_graph=True)[0].sum().backward()
+
+
+class Severed(torch.autograd.Function):
+    """Hands on its input, and no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_no_gradient_gives_none(direct: bool, device: torch.device) -> None:
+    case = ROUTED[0]
+    tensors = {name: tensor.requires_grad_() for name, tensor in case.tensors(torch.float32, device).items()}
+    out = case.call("triton")(tensors) if direct else registered(tensors, case)
+    Severed.apply(out).sum().backward()
+    assert tensors["query"].grad is None
+
+
+def test_gradients_nobody_asked_for_are_none(device: torch.device) -> None:
+    case = Case((4, 6), (2, 3), heads=2, packed=False, weights=True)
+    tensors = case.tensors(torch.float32, device)
+    all_of_them = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    case.call("triton")(all_of_them).sum().backward()
+    tensors["key"].requires_grad_()
+    case.call("triton")(tensors).sum().backward()
+    torch.testing.assert_close(tensors["key"].grad, all_of_them["key"].grad, rtol=0, atol=0)
+    assert all(tensors[name].grad is None for name in ("query", "value", "route_weights"))
+
+
+def test_kernels_mix_dtypes(device: torch.device) -> None:
+    """Under autocast the projection gives halves, while routing computes its weights in float32."""
+    case = Case((4, 6), (2, 3), heads=2, weights=True)
+    tensors = case.tensors(torch.float32, device)
+    half = {name: tensor.half() if name == "query" else tensor for name, tensor in tensors.items()}
+    leaves = {name: tensor.requires_grad_() for name, tensor in half.items()}
+    out = case.call("triton")(leaves)
+    out.float().square().sum().backward()
+    assert out.dtype == torch.float16
+    assert {name: leaf.grad.dtype for name, leaf in leaves.items()} == {name: x.dtype for name, x in half.items()}
+    torch.testing.assert_close(out.float(), case.call("reference")(tensors), rtol=0, atol=4e-3)
+
+
+@pytest.mark.parametrize("case", [ROUTED[2], LARGE_REGIONS[0], DENSE[0]], ids=str)
+def test_large_logits_stay_finite_in_half_precision(case: Case, device: torch.device) -> None:
+    query = case.tensors(torch.float16, device)["query"]
+    query[..., :2, :, :] = torch.randn_like(query[..., :2, :, :]).sign() * (60 * case.d**-0.5) ** 0.5
+    query.requires_grad_()
+    out = case.call("triton")({"query": query})
+    out.sum().backward()
+    exact = case.call("reference")({"query": query.detach().double()})
+    assert (out.double() - exact).norm() < 2e-3 * exact.norm()
+    assert query.grad.isfinite().all()
+
+
+class Block(nn.Module):
+    """A projection, routing and attention: so many regions for any map, as large as it takes."""
+
+    def __init__(self, soft: bool = False) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 24)
+        self.soft = soft
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.project(x).unflatten(-1, (3, 2, 4))
+        size = (x.shape[1] + 2) // 3, (x.shape[2] + 1) // 2
+        if not self.soft:
+            routes = region_routes(qkv, region_size=size, topk=2)
+            return routing_attention(qkv, routes=routes, region_size=size).flatten(3)
+        logits, routes = region_affinity(qkv, region_size=size, scale=0.3).topk(2)
+        weights = logits.softmax(-1)
+        return routing_attention(qkv, routes=routes, region_size=size, route_weights=weights).flatten(3)
+
+
+SIZES = [(2, 9, 8), (1, 5, 6), (3, 7, 4), (2, 12, 12)]
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_export_keeps_sizes_free(soft: bool) -> None:
+    block = Block(soft).eval()
+    free = {
+        0: torch.export.Dim("batch", min=1),
+        1: torch.export.Dim("height", min=4),
+        2: torch.export.Dim("width", min=3),
+    }
+    exported = torch.export.export(block, (torch.randn(2, 9, 8, 8),), dynamic_shapes=(free,)).module()
+    for size in SIZES:
+        x = torch.randn(*size, 8)
+        torch.testing.assert_close(exported(x), block(x))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_compiles_without_graph_breaks(implementation: Any, soft: bool, device: torch.device) -> None:
+    torch.compiler.reset()
+    block = Block(soft).to(device)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    with ops.use(implementation):
+        for size in SIZES[:3]:
+            x = torch.randn(*size, 8, device=device)
+            out = compiled(x)
+            torch.testing.assert_close(out, block(x))
+            gradient = torch.autograd.grad(out.square().sum(), block.project.weight)
+            torch.testing.assert_close(gradient, torch.autograd.grad(block(x).square().sum(), block.project.weight))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("soft", [False, True])
+def test_compiles_with_inductor_on_the_gpu(soft: bool) -> None:
+    torch.compiler.reset()
+    block, x = Block(soft).cuda(), torch.randn(2, 9, 8, 8, device="cuda")
+    torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("region", [(8, 8), (32, 32)], ids=str)
+def test_large_maps_need_little_memory(region: Pair) -> None:
+    """64 channels of 256 x 256 positions, cut into regions of 8 x 8 positions or into 8 x 8 regions."""
+    case = Case((256, 256), region, k=4, heads=2, d=32)
+    query = case.tensors(torch.float32, "cuda")["query"].requires_grad_()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    routes = region_routes(query, region_size=region, topk=4)
+    routing_attention(query, routes=routes, region_size=region, implementation="triton").sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 2**30
+
+
+@pytest.mark.parametrize("case", [ROUTED[3], DENSE[2]], ids=str)
+def test_operations_are_counted(case: Case, device: torch.device) -> None:
+    case = replace(case, map=(6, 6))  # of whole regions, as the formulas count
+    counts = []
+    for implementation in ("reference", "triton"):
+        tensors = case.tensors(torch.float32, device)
+        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+            case.call(implementation)(tensors)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
 # Routing
 
 
@@ -255,7 +500,7 @@ def test_routing_keeps_its_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(affinity.double(), exact, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("implementation", ["reference"])
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_autocast_changes_nothing(implementation: Any) -> None:
     case = ROUTED[0]
     tensors = case.tensors(torch.float32)
