@@ -54,7 +54,9 @@ RUNS = {
     "faster_rcnn": _detector("FasterRCNN", "model.update(type=Model)\n" + NO_MASKS, "bfloat16"),
     "mask_rcnn": _detector("MaskRCNN", "model.update(type=Model)\n", "float16"),
     "cascade_mask_rcnn": _detector(
-        "CascadeMaskRCNN", "model.update(type=Model)\nmodel.pop('box')\nmodel.pop('mask')\nsync_bn = 'torch'\n", "bfloat16"
+        "CascadeMaskRCNN",
+        "model.update(type=Model)\nmodel.pop('box')\nmodel.pop('mask')\nsync_bn = 'torch'\n",
+        "bfloat16",
     ),
     "retinanet": _detector(
         "RetinaNet",

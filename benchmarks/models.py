@@ -1,7 +1,8 @@
-"""Models of this library beside what one would pick instead: timm and torchvision, eager, compiled and as CUDA graphs, in one run.
+"""Models of this library beside what one would pick instead, timm and torchvision, in one run.
 
-All contestants for one shape are built first, then timed in turn, step by step, so that a drift of the machine meets
-them alike. Results go to benchmarks/results/ with hardware, driver, versions and commit, losses too.
+They run as they are, compiled, or as CUDA graphs. All contestants for one shape are built first, then timed in turn,
+step by step, so that a drift of the machine meets them alike. Results go to benchmarks/results/ with hardware, driver,
+versions and commit, losses too.
 
     python benchmarks/models.py                                    # this machine's GPU, or its CPU
     python benchmarks/models.py --device cpu --threads 1 2 --batch-size 1 8 --modes inference --executions eager
@@ -20,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from torch import nn
 import vizoo
 from vizoo.benchmark import (
     DTYPES,
+    Execution,
     Measurement,
     PeakMemory,
     Timing,
@@ -256,7 +258,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(DEFAULT_MODELS), help="names of the zoo")
     parser.add_argument("--peers", nargs="*", default=["timm", "torchvision"], choices=["timm", "torchvision"])
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
-    parser.add_argument("--executions", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled", "graphs"])
+    executions = get_args(Execution)
+    parser.add_argument("--executions", nargs="+", default=["eager", "compiled"], choices=executions)
     parser.add_argument("--batch-size", nargs="+", type=int, help="default: 128 on a GPU, 1 and 8 on a CPU")
     parser.add_argument("--img-size", type=sides, help="side of the images, or 800x1344; default: each model's own")
     parser.add_argument("--features", action="store_true", help="measure the pyramid of maps that a detector takes")

@@ -66,7 +66,8 @@ def main() -> None:
     own = options.library == "vizoo"
     model = vizoo.create_model(options.model) if own else from_timm(TIMM[options.model], sides, False)
     device, shape = torch.device("cuda"), (options.batch_size, 3, *sides)
-    step = make_step(model.to(device), options.mode, execution=options.execution, shape=shape, device=device, dtype="bfloat16")
+    settings = {"execution": options.execution, "shape": shape, "device": device, "dtype": "bfloat16"}
+    step = make_step(model.to(device), options.mode, **settings)
     wall(step, 4)
     milliseconds = wall(step, 10)
     times, launches = kernels(step)

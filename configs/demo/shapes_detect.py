@@ -98,4 +98,6 @@ param_scheduler: list[dict[str, Any]] = [
 ]
 # An epoch has 65 updates.
 default_hooks["logger"].update(interval=13)
+# The mask head convolves another number of regions in every update.
+env_cfg.update(cudnn_benchmark=False)
 default_hooks["checkpoint"].update(best="box_AP50")
