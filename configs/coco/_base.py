@@ -2,7 +2,8 @@
 
 `--set model.backbone.name=davit_tiny` trains another backbone, from its ImageNet weights; a tag in the name chooses
 them. `drop_path` holds the published rates by the beginning of that name; a backbone that is not there keeps its
-family's default, and `--set model.backbone.drop_path_rate=...` overrides both.
+family's default, and `--set model.backbone.drop_path_rate=...` overrides both. `dilations` holds DiNAT's for maps of
+this size likewise.
 """
 
 from typing import Any
@@ -24,6 +25,11 @@ with read_base():
 
 data_root = "data/coco"
 drop_path: dict[str, float] = dict()
+dilations: dict[str, Any] = dict.fromkeys(
+    ("dinat_mini", "dinat_tiny", "dinat_small", "dinat_base", "dinat_large"),
+    ((1, 28), (1, 7, 1, 14), (1, 3, 1, 5, 1, 7), (1, 3)),
+)
+dilations.update(dinat_s=((1, 28), (1, 14), (1, 3, 1, 5, 1, 7), (1, 3)))
 
 # `type` is a leaf's.
 model: dict[str, Any] = dict(
@@ -87,7 +93,9 @@ optim_wrapper: dict[str, Any] = dict(
     accumulative_counts=1,
     clip_grad=None,
     constructor=GroupedOptimizer,
-    paramwise_cfg=dict(layer_decay=1.0, not_decayed=("absolute_pos_embed", "relative_position_bias_table", "norm")),
+    paramwise_cfg=dict(
+        layer_decay=1.0, not_decayed=("absolute_pos_embed", "relative_position_bias_table", "rpb", "norm")
+    ),
     optimizer=dict(type=AdamW, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05),
 )
 # The rate above is for 16 images per update; it is scaled to the actual number.

@@ -24,7 +24,7 @@ SEGMENTERS = [name for name in NAMES if not name.startswith("coco")]
 UPDATES_PER_EPOCH = 7330  # 117266 images with objects by 16
 
 # Base rate, decay, what is not decayed, drop path of Swin-T.
-NORMS = ("absolute_pos_embed", "relative_position_bias_table", "norm")
+NORMS = ("absolute_pos_embed", "relative_position_bias_table", "rpb", "norm")
 OPTIMIZERS = {
     "coco/faster_rcnn_1x": (1e-4, 0.05, NORMS, 0.1),
     "coco/mask_rcnn_1x": (1e-4, 0.05, NORMS, 0.1),
