@@ -1,0 +1,24 @@
+"""BiFormer-B at 224 on ImageNet-1K, from scratch.
+
+Command: torchrun --nproc-per-node 8 -m vizoo train imagenet/biformer_base
+Hardware: 8 GPUs, 128 images each, as official.
+Time: not measured here; 300 epochs.
+Expected: 84.3 % top-1 on ImageNet-1K, as the authors report.
+Drop path: 0.4 as in the paper; the authors' command for this size is not published.
+Sampling: every image once an epoch; the authors' runs show a third of the images three times each.
+Status: not run here.
+"""
+
+from mmengine.config import read_base
+
+from vizoo.train.hooks import EMA
+
+with read_base():
+    from .._runtime import *
+    from ._recipe_300e import *
+
+# Beside Swin's recipe: a short warm-up, no clip, and a slow average of the weights.
+param_scheduler[0].update(warmup=5)
+optim_wrapper.update(clip_grad=None)
+custom_hooks = [dict(type=EMA, decay=0.99996)]
+model["backbone"].update(name="biformer_base", drop_path_rate=0.4)
