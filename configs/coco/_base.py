@@ -2,8 +2,8 @@
 
 `--set model.backbone.name=davit_tiny` trains another backbone, from its ImageNet weights; a tag in the name chooses
 them. `drop_path` holds the published rates by the beginning of that name; a backbone that is not there keeps its
-family's default, and `--set model.backbone.drop_path_rate=...` overrides both. `dilations` holds DiNAT's for maps of
-this size likewise.
+family's default, and `--set model.backbone.drop_path_rate=...` overrides both. `dilations` holds DiNAT's, and `n_win`
+BiFormer's regions a side, for maps of this size likewise.
 """
 
 from typing import Any
@@ -30,6 +30,7 @@ dilations: dict[str, Any] = dict.fromkeys(
     ((1, 28), (1, 7, 1, 14), (1, 3, 1, 5, 1, 7), (1, 3)),
 )
 dilations.update(dinat_s=((1, 28), (1, 14), (1, 3, 1, 5, 1, 7), (1, 3)))
+n_win: dict[str, int] = dict(biformer=16)
 
 # `type` is a leaf's.
 model: dict[str, Any] = dict(
