@@ -252,11 +252,8 @@ def convolve(conv: nn.Conv2d, x: Tensor, residual: bool = False) -> Tensor:
 
 def crop(x: Tensor, height: int, width: int) -> Tensor:
     """The upper left part of a map: (B, H, W, C) to (B, height, width, C)."""
-    if isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt):
-        # Slicing asks which size is larger, and binds an exported program to the answer.
-        x = x.index_select(1, torch.arange(height, device=x.device))
-        return x.index_select(2, torch.arange(width, device=x.device))
-    return x[:, :height, :width]
+    # Padding takes less than nothing, too; slicing would ask a compiler which of two free sizes is larger.
+    return zero_pad(x, 0, 0, 0, width - x.shape[2], 0, height - x.shape[1])
 
 
 def pool_regions(x: Tensor, regions: int, mode: Pooling, size: int) -> Tensor:
