@@ -3,7 +3,7 @@
 `--set model.backbone.name=davit_tiny` trains another backbone, from its ImageNet weights; a tag in the name chooses
 them. `drop_path` holds the published rates by the beginning of that name; a backbone that is not there keeps its
 family's default, and `--set model.backbone.drop_path_rate=...` overrides both. `dilations` holds DiNAT's likewise, for
-crops of 512, of the large ones for crops of 640.
+crops of 512, of the large ones for crops of 640; `n_win` BiFormer's regions a side, for crops of 512.
 """
 
 from typing import Any
@@ -34,6 +34,7 @@ dilations.update(
     dinat_s=((1, 16), (1, 8), (1, 2, 1, 3, 1, 4), (1, 2)),
     dinat_s_large=((1, 20), (1, 10), (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5), (1, 2)),
 )
+n_win: dict[str, int] = dict(biformer=8)
 
 # Heads and neck are a leaf's.
 model: dict[str, Any] = dict(
