@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from vizoo.benchmark import (
     Execution,
     Measurement,
     PeakMemory,
+    Step,
     Timing,
     choose_device,
     choose_dtype,
@@ -67,6 +68,9 @@ TORCHVISION = {
     "swinv2_small_patch4_window8_256": "swin_v2_s",
     "swinv2_base_patch4_window8_256": "swin_v2_b",
 }
+# What one would take instead of designs that no other library has.
+SWIN = "swin_tiny_patch4_window7_224"
+INSTEAD = dict.fromkeys(("nat_tiny", "dinat_tiny", "dinat_s_tiny", "biformer_tiny", "biformer_stl"), SWIN)
 DEFAULT_MODELS = ("swin_tiny_patch4_window7_224", "swinv2_tiny_patch4_window8_256")
 
 
@@ -77,6 +81,7 @@ class Contestant:
     library: str
     execution: str
     build: Callable[[], nn.Module]
+    operators: Literal["reference"] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,15 @@ def contestants(
         builders["timm"] = lambda: from_timm(TIMM[name], img_size, pyramid)
     if name in TORCHVISION and not pyramid:
         builders["torchvision"] = lambda: from_torchvision(TORCHVISION[name])
+    if name in INSTEAD:
+        builders["timm swin_tiny"] = lambda: from_timm(INSTEAD[name], img_size, pyramid)
+    builders["plain torch"] = builders["vizoo"]  # this library without its kernels
     chosen = [library for library in builders if library == "vizoo" or library in libraries]
-    return [Contestant(library, execution, builders[library]) for library in chosen for execution in executions]
+    return [
+        Contestant(library, execution, builders[library], "reference" if library == "plain torch" else None)
+        for library in chosen
+        for execution in executions
+    ]
 
 
 def from_timm(name: str, img_size: tuple[int, int], pyramid: bool) -> nn.Module:
@@ -137,6 +149,7 @@ def measure(
                 device=device,
                 dtype=options.dtype,
             )
+            step = on_operators(step, entry.operators)
             for _ in range(options.warmup):
                 step()
             peaks[key] = memory.of(step)
@@ -149,6 +162,18 @@ def measure(
         yield row(case, entry, options.dtype, device, timings.get(key), peaks.get(key), failures.get(key, ""))
     steps.clear()
     forget(device)
+
+
+def on_operators(step: Step, implementation: Literal["reference"] | None) -> Step:
+    """The step on one implementation of all operators, if one is given."""
+    if implementation is None:
+        return step
+
+    def forced() -> object:
+        with vizoo.ops.use(implementation):
+            return step()
+
+    return forced
 
 
 def row(
@@ -256,7 +281,8 @@ def sides(text: str) -> tuple[int, int]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(DEFAULT_MODELS), help="names of the zoo")
-    parser.add_argument("--peers", nargs="*", default=["timm", "torchvision"], choices=["timm", "torchvision"])
+    peers = ["timm", "torchvision", "timm swin_tiny", "plain torch"]
+    parser.add_argument("--peers", nargs="*", default=peers[:2], choices=peers)
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
     executions = get_args(Execution)
     parser.add_argument("--executions", nargs="+", default=["eager", "compiled"], choices=executions)
