@@ -15,8 +15,9 @@ SMALL_REGION = 64
 DENSE_REGIONS = 64
 """Regions of a map whose routes are the bits of one number."""
 
-DENSE_BYTES = 2**14
-"""Of the keys of a head of an image, which one program holds at once."""
+DENSE_NUMBERS = {2: 2**13, 4: 2**11}
+"""Of the keys of a head of an image, which one program holds at once, by bytes of a number. Three-fold products of
+float32 take room."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,12 @@ def routed(queries: int | None, keys: int | None, d: int, itemsize: int) -> Tile
     longest = side(d, itemsize)
     rows = longest if queries is None else min(longest, power_of_two(queries))
     cols = longest if keys is None else min(longest, power_of_two(keys))
-    return Tile(rows, cols, warps=max(1, rows // 16), stages=1 if keys is not None and keys <= cols else 2)
+    return Tile(rows, cols, _warps(rows, d, itemsize), stages=1 if keys is not None and keys <= cols else 2)
+
+
+def _warps(rows: int, d: int, itemsize: int) -> int:
+    """One for each 16 rows, and so many that long vectors find room in their registers."""
+    return max(1, rows // 16, min(4, power_of_two(d) * itemsize // 128))
 
 
 def routed_keys(keys: int | None, d: int, itemsize: int) -> Tile:
@@ -73,7 +79,8 @@ def routed_keys(keys: int | None, d: int, itemsize: int) -> Tile:
     """
     longest = side(d, itemsize)
     cols = longest if keys is None else min(longest, power_of_two(keys))
-    return Tile(longest if cols == longest else min(longest, 32), cols, warps=2 if cols < 64 else 4, stages=1)
+    rows = longest if cols == longest else min(longest, 32)
+    return Tile(rows, cols, max(2, _warps(cols, d, itemsize)), stages=1)
 
 
 def is_dense(regions: int, region: int, keys: int, k: int, d: int, itemsize: int) -> bool:
@@ -91,7 +98,7 @@ def is_dense(regions: int, region: int, keys: int, k: int, d: int, itemsize: int
     """
     if not (known(regions <= DENSE_REGIONS) and known(region <= SMALL_REGION) and known(keys <= SMALL_REGION)):
         return False
-    fits = power_of_two(int(regions * keys)) * power_of_two(d) * itemsize <= DENSE_BYTES
+    fits = power_of_two(int(regions * keys)) * power_of_two(d) <= DENSE_NUMBERS[itemsize]
     return fits and int(regions * region) <= max(16, int(region)) * k
 
 
