@@ -106,9 +106,9 @@ def region_means(x: Tensor, region_size: Pair) -> Tensor:
     whole = padded_to_regions(x, region_size)
     if are_symbolic(region_size):
         y, column = positions((down, across), region_size, x.device)
-        sums = whole[:, y, column].sum(2, dtype=wide).unflatten(1, (down, across))
-    else:
-        sums = whole.view(B, down, rows, across, cols, *x.shape[3:]).sum((2, 4), dtype=wide)
+        count = ((y < H) & (column < W)).sum(1)
+        return whole[:, y, column].sum(2, dtype=wide) / count.to(wide).view(-1, *(1 for _ in x.shape[3:]))
+    sums = whole.view(B, down, rows, across, cols, *x.shape[3:]).sum((2, 4), dtype=wide)
     if whole is x:
         return sums.flatten(1, 2) / (rows * cols)
     count = _extent(H, rows, down, x)[:, None] * _extent(W, cols, across, x)
