@@ -1,16 +1,16 @@
 """Triton kernels of neighborhood attention. Nothing is unfolded, gathered or masked in memory: keys are read in place.
 
-Letters: the axes Z, Y, X of a map are its sizes (1 where there is no such axis), with dilations DZ, DY, DX, kernel sizes
-KZ, KY, KX and strides SZ, SY, SX; a head has D channels. Names in small letters with _z, _y, _x are values of one axis.
+Letters: Z, Y, X are the sizes of the axes of a map (1 where there is no such axis), with dilations DZ, DY, DX, kernel
+sizes KZ, KY, KX and strides SZ, SY, SX; a head has D channels. Small letters with _z, _y, _x are values of one axis.
 
 Places along an axis are counted within a group, the positions that differ by multiples of the dilation: place p of
-group g stands at p * dilation + g, and the group has `size` places. A program owns one head and one tile of TZ x TY x TX
-places of one group of each axis, and walks over blocks of CZ x CY x CX places that its windows reach (the union of
-windows along each axis; nothing else is visited). Both are flattened to the rows and columns of a matrix product. Places
-past the end of a group read its last one: as keys nobody sees them, as queries they are not written or not counted.
+group g stands at p * dilation + g, and the group has `size` places. A program owns one head and one tile of
+TZ x TY x TX places of one group of each axis, and walks over blocks of CZ x CY x CX places that its windows reach (the
+union of windows along each axis; nothing else is visited). Both are flattened to the rows and columns of a matrix
+product. Places past the end of a group read its last one: as keys nobody sees them, as queries they see nobody.
 
-Logits are natural, softmax takes powers of two. A number that is no constant is made float32 first: compilers pass it in
-float64, which would spread.
+Logits are natural, softmax takes powers of two. A number that is no constant is made float32 first: compilers pass it
+in float64, which would spread.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e30)
-"""Where a running maximum starts. Finite, so that what is minus infinity, being masked, has weight zero from the start."""
+"""Where a running maximum starts. Finite, so that masked logits, minus infinity, have weight zero from the start."""
 
 
 @triton.jit
@@ -70,8 +70,11 @@ def _split(n, BY: tl.constexpr, BX: tl.constexpr):
 
 
 @triton.jit
-def _pixel(z, y, x, g_z, g_y, g_x, Y, X, DZ, DY, DX):
-    """Index on the map of places of a group."""
+def _pixel(z, y, x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX):
+    """Index on the map of places of a group; of the nearest for those that are none."""
+    z = tl.maximum(tl.minimum(z, size_z - 1), 0)
+    y = tl.maximum(tl.minimum(y, size_y - 1), 0)
+    x = tl.maximum(tl.minimum(x, size_x - 1), 0)
     return ((z * DZ + g_z) * Y + y * DY + g_y) * X + x * DX + g_x
 
 
@@ -98,15 +101,16 @@ def _put_vectors(pointer, value, pixel, real, PITCH: tl.constexpr, D: tl.constex
 
 @triton.jit
 def _sees(p, j, size, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr):
+    """Whether queries p see keys j along an axis; one of them is a column, the other a row."""
     start, end = _window(p, size, K, S, CAUSAL)
+    start = tl.where(p < size, start, 2**30)
     if CAUSAL:
         return (j >= start) & (j < end)
     return (j - start).to(tl.uint32) < K  # one comparison for both ends
 
 
 @triton.jit
-def _added(
-    bias,
+def _visible(
     p_z, p_y, p_x,
     j_z, j_y, j_x,
     size_z, size_y, size_x,
@@ -114,12 +118,8 @@ def _added(
     SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
     TEST_Z: tl.constexpr, TEST_Y: tl.constexpr, TEST_X: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """What is added to the logits of queries p and keys j: the bias of a head, minus infinity for keys out of sight.
-
-    One of p and j is a column, the other a row. An axis along which tile and block are one place wide needs no test.
-    """
+    """Whether queries p see keys j. An axis along which tile and block are one place wide needs no test."""
     visible = (p_z * 0 + j_z * 0) == 0
     if TEST_Z:
         visible &= _sees(p_z, j_z, size_z, KZ, SZ, CAUSAL_Z)
@@ -127,13 +127,44 @@ def _added(
         visible &= _sees(p_y, j_y, size_y, KY, SY, CAUSAL_Y)
     if TEST_X:
         visible &= _sees(p_x, j_x, size_x, KX, SX, CAUSAL_X)
-    if HAS_BIAS:
-        ROW: tl.constexpr = 2 * KX - 1
-        PLANE: tl.constexpr = (2 * KY - 1) * ROW
-        middle = (KZ - 1) * PLANE + (KY - 1) * ROW + KX - 1
-        index = (j_z * PLANE + j_y * ROW + j_x) - (p_z * PLANE + p_y * ROW + p_x - middle)
-        return tl.load(bias + index, mask=visible, other=float("-inf")).to(tl.float32)
-    return tl.where(visible, 0.0, float("-inf"))
+    return visible
+
+
+@triton.jit
+def _entry(z, y, x, KY: tl.constexpr, KX: tl.constexpr):
+    """Index in the bias of a head of an offset, counted from that of offset zero; linear."""
+    return ((z * (2 * KY - 1) + y) * (2 * KX - 1) + x).to(tl.int64)
+
+
+@triton.jit
+def _bias_of(bias, head, KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr):
+    """Where the bias of a head has its entry of offset zero."""
+    SIZE: tl.constexpr = (2 * KZ - 1) * (2 * KY - 1) * (2 * KX - 1)
+    return bias + head * SIZE + SIZE // 2
+
+
+@triton.jit
+def _added(column, row, visible, HAS_BIAS: tl.constexpr, COMPILED: tl.constexpr):
+    """What is added to logits: the bias at pointers column + row, minus infinity for keys out of sight.
+
+    The column moves from block to block and the row is constant, so that compilers put it into the address of the load.
+    A load by `tl.load` would come in the layout of loads, pass through shared memory to that of products, and be taken
+    for one to prefetch; together it doubles the instructions of the loop. Written as an operation on elements, which
+    the interpreter does not know, it comes where it is used.
+    """
+    if not HAS_BIAS:
+        return tl.where(visible, 0.0, float("-inf"))
+    pointers = column[:, None] + row[None, :]
+    if not COMPILED:
+        return tl.load(pointers, mask=visible, other=float("-inf"))
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0xff800000; @p ld.global.nc.f32 $0, [$1]; }",
+        "=f,l,r",
+        [pointers.to(tl.int64), visible.to(tl.int32)],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -164,7 +195,7 @@ def forward(
     q,  # (B, Z, Y, X, HEADS, D), or (B, Z, Y, X, 3, HEADS, D) if PACKED
     k,
     v,
-    bias,  # (HEADS, 2 KZ - 1, 2 KY - 1, 2 KX - 1)
+    bias,  # (HEADS, 2 KZ - 1, 2 KY - 1, 2 KX - 1) float32
     out,  # (B, Z, Y, X, HEADS, D)
     lse,  # (B, HEADS, Z, Y, X) float32, base 2
     scale,
@@ -176,7 +207,7 @@ def forward(
     KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
-    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
     TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
     STAGES: tl.constexpr,
@@ -191,41 +222,38 @@ def forward(
     if (first_z >= size_z) | (first_y >= size_y) | (first_x >= size_x):
         return
     m_z, m_y, m_x = _split(tl.arange(0, BLOCK_M), TY, TX)
-    real = (first_z + m_z < size_z) & (first_y + m_y < size_y) & (first_x + m_x < size_x)
-    p_z = tl.minimum(first_z + m_z, size_z - 1)
-    p_y = tl.minimum(first_y + m_y, size_y - 1)
-    p_x = tl.minimum(first_x + m_x, size_x - 1)
-    pixel_q = _pixel(p_z, p_y, p_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+    p_z, p_y, p_x = first_z + m_z, first_y + m_y, first_x + m_x
+    real = (p_z < size_z) & (p_y < size_y) & (p_x < size_x)
+    pixel_q = _pixel(p_z, p_y, p_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
     inward = image * Z * Y * X * PITCH + head * D
     if PACKED:
         k = q + HEADS * D
         v = q + 2 * HEADS * D
     query = _vectors(q + inward, pixel_q, PITCH, D, BLOCK_D)
-    if HAS_BIAS:
-        bias += head * ((2 * KZ - 1) * (2 * KY - 1) * (2 * KX - 1))
     factor = tl.cast(scale, tl.float32)
     highest = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     value = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     n_z, n_y, n_x = _split(tl.arange(0, CZ * CY * CX), CY, CX)
+    entry_k = _entry(n_z, n_y, n_x, KY, KX)
     start_z, end_z = _union(first_z, size_z, TZ, KZ, SZ, CAUSAL_Z)
     start_y, end_y = _union(first_y, size_y, TY, KY, SY, CAUSAL_Y)
     start_x, end_x = _union(first_x, size_x, TX, KX, SX, CAUSAL_X)
     blocks = tl.cdiv(end_z - start_z, CZ) * tl.cdiv(end_y - start_y, CY) * tl.cdiv(end_x - start_x, CX)
     c_z, c_y, c_x = start_z, start_y, start_x
+    if HAS_BIAS:
+        bias = _bias_of(bias, head, KZ, KY, KX) + _entry(c_z - p_z, c_y - p_y, c_x - p_x, KY, KX)
     for _ in tl.range(0, blocks, num_stages=STAGES):
         j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
-        pixel = _pixel(
-            tl.minimum(j_z, size_z - 1), tl.minimum(j_y, size_y - 1), tl.minimum(j_x, size_x - 1),
-            g_z, g_y, g_x, Y, X, DZ, DY, DX,
-        )  # fmt: skip
+        pixel = _pixel(j_z, j_y, j_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
         keys = _vectors(k + inward, pixel, PITCH, D, BLOCK_D)
         values = _vectors(v + inward, pixel, PITCH, D, BLOCK_D)
-        added = _added(
-            bias, p_z[:, None], p_y[:, None], p_x[:, None], j_z[None, :], j_y[None, :], j_x[None, :],
+        visible = _visible(
+            p_z[:, None], p_y[:, None], p_x[:, None], j_z[None, :], j_y[None, :], j_x[None, :],
             size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X,
-            TZ * CZ > 1, TY * CY > 1, TX * CX > 1, HAS_BIAS,
+            TZ * CZ > 1, TY * CY > 1, TX * CX > 1,
         )  # fmt: skip
+        added = _added(bias, entry_k, visible, HAS_BIAS, COMPILED)
         logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * factor + added
         higher = tl.maximum(highest, tl.max(logits, 1))
         p = tl.exp2(logits * LOG2E - (higher * LOG2E)[:, None])
@@ -233,7 +261,11 @@ def forward(
         total = total * decay + tl.sum(p, 1)
         value = tl.dot(p.to(values.dtype), values, value * decay[:, None], input_precision=PRECISION)
         highest = higher
+        before = _entry(c_z, c_y, c_x, KY, KX)
         c_z, c_y, c_x = _next(c_z, c_y, c_x, start_y, start_x, end_y, end_x, CZ, CY, CX)
+        if HAS_BIAS:
+            bias += _entry(c_z, c_y, c_x, KY, KX) - before
+    total = tl.where(real, total, 1.0)
     target = out + image * Z * Y * X * (HEADS * D) + head * D
     _put_vectors(target, value * (1.0 / total)[:, None], pixel_q, real, HEADS * D, D, BLOCK_D)
     statistics = lse + (image * HEADS + head) * Z * Y * X
@@ -246,7 +278,7 @@ def backward_queries(
     q,  # (B, Z, Y, X, HEADS, D), or (B, Z, Y, X, 3, HEADS, D) if PACKED
     k,
     v,
-    bias,  # (HEADS, 2 KZ - 1, 2 KY - 1, 2 KX - 1)
+    bias,  # (HEADS, 2 KZ - 1, 2 KY - 1, 2 KX - 1) float32
     out,  # (B, Z, Y, X, HEADS, D)
     lse,  # (B, HEADS, Z, Y, X) float32, base 2
     delta,  # (B, HEADS, Z, Y, X) float32, written here: sum of out * grad_out
@@ -260,7 +292,7 @@ def backward_queries(
     KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
-    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
     TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
     STAGES: tl.constexpr,
@@ -275,11 +307,9 @@ def backward_queries(
     if (first_z >= size_z) | (first_y >= size_y) | (first_x >= size_x):
         return
     m_z, m_y, m_x = _split(tl.arange(0, BLOCK_M), TY, TX)
-    real = (first_z + m_z < size_z) & (first_y + m_y < size_y) & (first_x + m_x < size_x)
-    p_z = tl.minimum(first_z + m_z, size_z - 1)
-    p_y = tl.minimum(first_y + m_y, size_y - 1)
-    p_x = tl.minimum(first_x + m_x, size_x - 1)
-    pixel_q = _pixel(p_z, p_y, p_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+    p_z, p_y, p_x = first_z + m_z, first_y + m_y, first_x + m_x
+    real = (p_z < size_z) & (p_y < size_y) & (p_x < size_x)
+    pixel_q = _pixel(p_z, p_y, p_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
     inward = image * Z * Y * X * PITCH + head * D
     outward = image * Z * Y * X * (HEADS * D) + head * D
     statistics = (image * HEADS + head) * Z * Y * X + pixel_q
@@ -292,34 +322,36 @@ def backward_queries(
     lse_q = tl.load(lse + statistics)
     delta_q = tl.sum(result.to(tl.float32) * incoming.to(tl.float32), 1)
     tl.store(delta + statistics, delta_q, mask=real)
-    if HAS_BIAS:
-        bias += head * ((2 * KZ - 1) * (2 * KY - 1) * (2 * KX - 1))
     factor = tl.cast(scale, tl.float32)
     gradient = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     n_z, n_y, n_x = _split(tl.arange(0, CZ * CY * CX), CY, CX)
+    entry_k = _entry(n_z, n_y, n_x, KY, KX)
     start_z, end_z = _union(first_z, size_z, TZ, KZ, SZ, CAUSAL_Z)
     start_y, end_y = _union(first_y, size_y, TY, KY, SY, CAUSAL_Y)
     start_x, end_x = _union(first_x, size_x, TX, KX, SX, CAUSAL_X)
     blocks = tl.cdiv(end_z - start_z, CZ) * tl.cdiv(end_y - start_y, CY) * tl.cdiv(end_x - start_x, CX)
     c_z, c_y, c_x = start_z, start_y, start_x
+    if HAS_BIAS:
+        bias = _bias_of(bias, head, KZ, KY, KX) + _entry(c_z - p_z, c_y - p_y, c_x - p_x, KY, KX)
     for _ in tl.range(0, blocks, num_stages=STAGES):
         j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
-        pixel = _pixel(
-            tl.minimum(j_z, size_z - 1), tl.minimum(j_y, size_y - 1), tl.minimum(j_x, size_x - 1),
-            g_z, g_y, g_x, Y, X, DZ, DY, DX,
-        )  # fmt: skip
+        pixel = _pixel(j_z, j_y, j_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
         keys = _vectors(k + inward, pixel, PITCH, D, BLOCK_D)
         values = _vectors(v + inward, pixel, PITCH, D, BLOCK_D)
-        added = _added(
-            bias, p_z[:, None], p_y[:, None], p_x[:, None], j_z[None, :], j_y[None, :], j_x[None, :],
+        visible = _visible(
+            p_z[:, None], p_y[:, None], p_x[:, None], j_z[None, :], j_y[None, :], j_x[None, :],
             size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X,
-            TZ * CZ > 1, TY * CY > 1, TX * CX > 1, HAS_BIAS,
+            TZ * CZ > 1, TY * CY > 1, TX * CX > 1,
         )  # fmt: skip
+        added = _added(bias, entry_k, visible, HAS_BIAS, COMPILED)
         logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * factor + added
         p = tl.exp2(logits * LOG2E - lse_q[:, None])
         ds = p * (tl.dot(incoming, tl.trans(values), input_precision=PRECISION) - delta_q[:, None])
         gradient = tl.dot(ds.to(keys.dtype), keys, gradient, input_precision=PRECISION)
+        before = _entry(c_z, c_y, c_x, KY, KX)
         c_z, c_y, c_x = _next(c_z, c_y, c_x, start_y, start_x, end_y, end_x, CZ, CY, CX)
+        if HAS_BIAS:
+            bias += _entry(c_z, c_y, c_x, KY, KX) - before
     _put_vectors(grad_q + inward, gradient * factor, pixel_q, real, PITCH, D, BLOCK_D)
 
 
@@ -329,7 +361,7 @@ def backward_keys(
     q,  # (B, Z, Y, X, HEADS, D), or (B, Z, Y, X, 3, HEADS, D) if PACKED
     k,
     v,
-    bias,  # (HEADS, 2 KZ - 1, 2 KY - 1, 2 KX - 1)
+    bias,  # (HEADS, 2 KZ - 1, 2 KY - 1, 2 KX - 1) float32
     lse,  # (B, HEADS, Z, Y, X) float32, base 2
     delta,  # (B, HEADS, Z, Y, X) float32
     grad_k,  # like k; if PACKED like q
@@ -343,7 +375,7 @@ def backward_keys(
     KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
-    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
     TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
     STAGES: tl.constexpr,
@@ -360,10 +392,7 @@ def backward_keys(
     n_z, n_y, n_x = _split(tl.arange(0, BLOCK_N), TY, TX)
     j_z, j_y, j_x = first_z + n_z, first_y + n_y, first_x + n_x
     real = (j_z < size_z) & (j_y < size_y) & (j_x < size_x)
-    pixel_k = _pixel(
-        tl.minimum(j_z, size_z - 1), tl.minimum(j_y, size_y - 1), tl.minimum(j_x, size_x - 1),
-        g_z, g_y, g_x, Y, X, DZ, DY, DX,
-    )  # fmt: skip
+    pixel_k = _pixel(j_z, j_y, j_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
     inward = image * Z * Y * X * PITCH + head * D
     outward = image * Z * Y * X * (HEADS * D) + head * D
     statistics = (image * HEADS + head) * Z * Y * X
@@ -374,12 +403,11 @@ def backward_keys(
         grad_k += HEADS * D
     keys = _vectors(k + inward, pixel_k, PITCH, D, BLOCK_D)
     values = _vectors(v + inward, pixel_k, PITCH, D, BLOCK_D)
-    if HAS_BIAS:
-        bias += head * ((2 * KZ - 1) * (2 * KY - 1) * (2 * KX - 1))
     factor = tl.cast(scale, tl.float32)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     m_z, m_y, m_x = _split(tl.arange(0, CZ * CY * CX), CY, CX)
+    entry_q = -_entry(m_z, m_y, m_x, KY, KX)
     start_z, end_z = _seers(first_z, size_z, TZ, KZ, SZ, CAUSAL_Z)
     start_y, end_y = _seers(first_y, size_y, TY, KY, SY, CAUSAL_Y)
     start_x, end_x = _seers(first_x, size_x, TX, KX, SX, CAUSAL_X)
@@ -387,27 +415,30 @@ def backward_keys(
     rows, columns = tl.maximum(end_y - start_y, 0), tl.maximum(end_x - start_x, 0)
     blocks = tl.cdiv(tl.maximum(end_z - start_z, 0), CZ) * tl.cdiv(rows, CY) * tl.cdiv(columns, CX)
     c_z, c_y, c_x = start_z, start_y, start_x
+    if HAS_BIAS:
+        bias = _bias_of(bias, head, KZ, KY, KX) + _entry(j_z - c_z, j_y - c_y, j_x - c_x, KY, KX)
     for _ in tl.range(0, blocks, num_stages=STAGES):
-        there = (c_z + m_z < size_z) & (c_y + m_y < size_y) & (c_x + m_x < size_x)
-        p_z = tl.minimum(c_z + m_z, size_z - 1)
-        p_y = tl.minimum(c_y + m_y, size_y - 1)
-        p_x = tl.minimum(c_x + m_x, size_x - 1)
-        pixel = _pixel(p_z, p_y, p_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+        p_z, p_y, p_x = c_z + m_z, c_y + m_y, c_x + m_x
+        pixel = _pixel(p_z, p_y, p_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
         query = _vectors(q + inward, pixel, PITCH, D, BLOCK_D)
         incoming = _vectors(grad_out + outward, pixel, HEADS * D, D, BLOCK_D)
-        lse_q = tl.load(lse + statistics + pixel, mask=there, other=float("inf"))
+        lse_q = tl.load(lse + statistics + pixel)
         delta_q = tl.load(delta + statistics + pixel)
-        added = _added(
-            bias, p_z[None, :], p_y[None, :], p_x[None, :], j_z[:, None], j_y[:, None], j_x[:, None],
+        visible = _visible(
+            p_z[None, :], p_y[None, :], p_x[None, :], j_z[:, None], j_y[:, None], j_x[:, None],
             size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X,
-            TZ * CZ > 1, TY * CY > 1, TX * CX > 1, HAS_BIAS,
+            TZ * CZ > 1, TY * CY > 1, TX * CX > 1,
         )  # fmt: skip
+        added = _added(bias, entry_q, visible, HAS_BIAS, COMPILED)
         logits = tl.dot(keys, tl.trans(query), input_precision=PRECISION) * factor + added
         p = tl.exp2(logits * LOG2E - lse_q[None, :])
         dv = tl.dot(p.to(incoming.dtype), incoming, dv, input_precision=PRECISION)
         ds = p * (tl.dot(values, tl.trans(incoming), input_precision=PRECISION) - delta_q[None, :])
         dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=PRECISION)
+        before = _entry(c_z, c_y, c_x, KY, KX)
         c_z, c_y, c_x = _next(c_z, c_y, c_x, start_y, start_x, end_y, end_x, CZ, CY, CX)
+        if HAS_BIAS:
+            bias -= _entry(c_z, c_y, c_x, KY, KX) - before
     _put_vectors(grad_k + inward, dk * factor, pixel_k, real, PITCH, D, BLOCK_D)
     _put_vectors(grad_v + inward, dv, pixel_k, real, PITCH, D, BLOCK_D)
 
@@ -418,7 +449,7 @@ def backward_bias(
     q,  # (B, Z, Y, X, HEADS, D), or (B, Z, Y, X, 3, HEADS, D) if PACKED
     k,
     v,
-    bias,  # (HEADS, 2 KZ - 1, 2 KY - 1, 2 KX - 1)
+    bias,  # (HEADS, 2 KZ - 1, 2 KY - 1, 2 KX - 1) float32
     lse,  # (B, HEADS, Z, Y, X) float32, base 2
     delta,  # (B, HEADS, Z, Y, X) float32
     parts,  # (shares, HEADS, blocks, BLOCK_M, BLOCK_N) float32
@@ -432,7 +463,7 @@ def backward_bias(
     KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
-    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
     TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
     STAGES: tl.constexpr,
@@ -457,7 +488,12 @@ def backward_bias(
     if PACKED:
         k = q + HEADS * D
         v = q + 2 * HEADS * D
-    bias += head * ((2 * KZ - 1) * (2 * KY - 1) * (2 * KX - 1))
+    o_z = from_z + n_z[None, :] - m_z[:, None]
+    o_y = from_y + n_y[None, :] - m_y[:, None]
+    o_x = from_x + n_x[None, :] - m_x[:, None]
+    known = (o_z > -KZ) & (o_z < KZ) & (o_y > -KY) & (o_y < KY) & (o_x > -KX) & (o_x < KX)
+    entries = _bias_of(bias, head, KZ, KY, KX) + _entry(o_z, o_y, o_x, KY, KX)
+    entries = tl.load(entries, mask=known, other=0.0)
     factor = tl.cast(scale, tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for item in tl.range(tl.program_id(1), tiles * images, tl.num_programs(1), num_stages=STAGES):
@@ -473,18 +509,10 @@ def backward_bias(
         on_map = (first_z < size_z) & (first_y < size_y) & (first_x < size_x)
         before = (c_z < end_z) & (c_y < end_y) & (c_x < end_x)
         if on_map & before & (c_z + CZ > start_z) & (c_y + CY > start_y) & (c_x + CX > start_x):
-            there = (first_z + m_z < size_z) & (first_y + m_y < size_y) & (first_x + m_x < size_x)
-            p_z = tl.minimum(first_z + m_z, size_z - 1)
-            p_y = tl.minimum(first_y + m_y, size_y - 1)
-            p_x = tl.minimum(first_x + m_x, size_x - 1)
+            p_z, p_y, p_x = first_z + m_z, first_y + m_y, first_x + m_x
             j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
-            pixel_q = _pixel(p_z, p_y, p_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
-            pixel_k = _pixel(
-                tl.maximum(tl.minimum(j_z, size_z - 1), 0),
-                tl.maximum(tl.minimum(j_y, size_y - 1), 0),
-                tl.maximum(tl.minimum(j_x, size_x - 1), 0),
-                g_z, g_y, g_x, Y, X, DZ, DY, DX,
-            )  # fmt: skip
+            pixel_q = _pixel(p_z, p_y, p_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+            pixel_k = _pixel(j_z, j_y, j_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
             inward = image * Z * Y * X * PITCH + head * D
             outward = image * Z * Y * X * (HEADS * D) + head * D
             statistics = (image * HEADS + head) * Z * Y * X + pixel_q
@@ -492,13 +520,14 @@ def backward_bias(
             incoming = _vectors(grad_out + outward, pixel_q, HEADS * D, D, BLOCK_D)
             keys = _vectors(k + inward, pixel_k, PITCH, D, BLOCK_D)
             values = _vectors(v + inward, pixel_k, PITCH, D, BLOCK_D)
-            lse_q = tl.load(lse + statistics, mask=there, other=float("inf"))
+            lse_q = tl.load(lse + statistics)
             delta_q = tl.load(delta + statistics)
-            added = _added(
-                bias, p_z[:, None], p_y[:, None], p_x[:, None], j_z[None, :], j_y[None, :], j_x[None, :],
+            visible = _visible(
+                p_z[:, None], p_y[:, None], p_x[:, None], j_z[None, :], j_y[None, :], j_x[None, :],
                 size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X,
-                True, True, True, True,
+                True, True, True,
             )  # fmt: skip
+            added = tl.where(visible, entries, float("-inf"))
             logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * factor + added
             p = tl.exp2(logits * LOG2E - lse_q[:, None])
             total += p * (tl.dot(incoming, tl.trans(values), input_precision=PRECISION) - delta_q[:, None])
@@ -517,7 +546,7 @@ def fold_bias(
     FROM_Z: tl.constexpr, FROM_Y: tl.constexpr, FROM_X: tl.constexpr,
     PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Program (entry of the bias, head): the sum over the queries of a tile, of which each has one key at that offset."""
+    """Program (entry of the bias, head): the sum over the queries of a tile; each has one key at that offset."""
     BLOCK_M: tl.constexpr = TZ * TY * TX
     BLOCK_N: tl.constexpr = CZ * CY * CX
     entry, head = tl.program_id(0), tl.program_id(1)

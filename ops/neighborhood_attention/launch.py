@@ -34,7 +34,7 @@ class _Call:
         scale: float,
     ) -> None:
         self.packed = key is None
-        self.bias = None if bias is None else bias.contiguous()
+        self.bias = None if bias is None else bias.float().contiguous()
         self.inputs = (*(None if x is None else x.contiguous() for x in (query, key, value)), self.bias)
         self.images, *space = query.shape[: -3 if self.packed else -2]
         # Kernels are compiled for these, so a tracer has to settle on them; the map may stay of any size.
@@ -44,7 +44,7 @@ class _Call:
         self.space, self.dilation = _three(space), _three(dilation)
         self.sizes = _three(-(-L // d) for L, d in zip(self.space, self.dilation, strict=True))
         self.scale = scale
-        self.dtype, self.itemsize = query.dtype, query.element_size()
+        self.dtype, self.itemsize, self.compiled = query.dtype, query.element_size(), query.device.type == "cuda"
 
     def tile(self, kind: tiles.Kind) -> tiles.Tile:
         fixed = _three(size if type(size) is int else tiles.UNKNOWN for size in self.sizes)
@@ -71,6 +71,7 @@ class _Call:
             "PACKED": self.packed,
             "HAS_BIAS": self.bias is not None,
             "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",  # halves have but one precision
+            "COMPILED": self.compiled,
             **_by_axis("T", tile.tile),
             **_by_axis("C", tile.block),
             "STAGES": tile.stages,
@@ -122,7 +123,9 @@ def backward(
     """Gradients of query, key, value and bias; None where there is no such input, or nobody asked."""
     call = _Call(query, key, value, bias, kernel_size, dilation, stride, causal, scale)
     grad_query, grad_key, grad_value = (None if x is None else torch.empty_like(x) for x in call.inputs[:3])
-    grad_bias = torch.zeros_like(bias) if bias_gradient and bias is not None else None
+    grad_bias = bias.new_empty(bias.shape) if bias_gradient and bias is not None else None
+    if not out.numel() and grad_bias is not None:
+        grad_bias.zero_()
     if out.numel():
         grad_out, delta = grad_out.contiguous(), torch.empty_like(lse)
         with gpu.on(query.device):
@@ -138,11 +141,11 @@ def backward(
                 grad_out, *call.inputs, lse, delta, *keys, *call.numbers(counts), **call.constants(tile)
             )
             if grad_bias is not None:
-                grad_bias = _bias_gradient(call, grad_out, lse, delta)
+                _bias_gradient(call, grad_out, lse, delta, grad_bias)
     return grad_query, grad_key, grad_value, grad_bias
 
 
-def _bias_gradient(call: _Call, grad_out: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def _bias_gradient(call: _Call, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_bias: Tensor) -> None:
     """Sums over shares of all tiles and images, written side by side and added up in one order: no atomics."""
     tile = call.tile("bias")
     counts = call.tile_counts(tile)
@@ -156,13 +159,11 @@ def _bias_gradient(call: _Call, grad_out: Tensor, lse: Tensor, delta: Tensor) ->
         grad_out, *call.inputs, lse, delta, parts, *call.numbers(counts), call.images, **grid, **call.constants(tile)
     )
     total = parts.sum(0)
-    grad_bias = torch.empty_like(call.inputs[3])
     entries = math.prod(2 * side - 1 for side in call.kernel)
     launchable(kernels.fold_bias)[(entries, call.heads)](
         total, grad_bias, PLANES=blocks[0], **grid,
         **_by_axis("K", call.kernel), **_by_axis("T", tile.tile), **_by_axis("C", tile.block),
     )  # fmt: skip
-    return grad_bias
 
 
 def _reach(call: _Call, tile: tiles.Tile, axis: int) -> tuple[int, int]:

@@ -46,6 +46,11 @@ def power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
+def places(d: int, itemsize: int) -> int:
+    """Places of a tile and of a block, fewer where three-fold products of float32 take room."""
+    return 64 if itemsize == 2 or d <= 32 else 32 if d <= 64 else 16
+
+
 @lru_cache(maxsize=256)
 def tiled(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Tile:
     """Tile and block for groups of so many places along each axis and windows of so many.
@@ -53,7 +58,7 @@ def tiled(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Til
     Of all shapes with one number of queries and one of keys these are the ones that cost least by the estimate above:
     what counts is how many pairs are visited that nobody sees.
     """
-    side = 64 if itemsize == 2 or d <= 32 else 32 if d <= 64 else 16
+    side = places(d, itemsize)
     shapes = itertools.product(_boxes(side), _boxes(side))
     tile, block = min(shapes, key=lambda shape: _cost(*shape, sizes, kernel, d))
     return Tile(tile, block, warps=side // 16, stages=2 if kind == "forward" and itemsize == 2 else 1)
