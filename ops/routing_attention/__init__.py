@@ -77,7 +77,7 @@ def _prepare(
         raise ValueError(f"key and value go together: got {'value' if key is None else 'key'} alone")
     checked_query(query, packed=key is None)
     size = checked_size(region_size)
-    down, across = grid(*query.shape[1:3], size)
+    down, across = grid(query.shape[1], query.shape[2], size)
     if key is not None and value is not None:
         _check_map("key", key, query, (query.shape[0], *key.shape[1:3], *query.shape[3:]))
         _check_map("value", value, query, (*key.shape[:4], *value.shape[4:]))

@@ -160,9 +160,10 @@ _backward = kernel_operator(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.region_size, ctx.scale = inputs
+    query, key, value, routes, weights, ctx.region_size, ctx.scale = inputs
     out, lse = output
-    ctx.save_for_backward(*tensors, out if _needs_output(*tensors[:4], ctx.region_size) else None, lse)
+    kept = out if _needs_output(query, key, value, routes, ctx.region_size) else None
+    ctx.save_for_backward(query, key, value, routes, weights, kept, lse)
     ctx.set_materialize_grads(False)
 
 

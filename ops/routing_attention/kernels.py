@@ -466,12 +466,10 @@ def _all_keys(KH, KW, down, across, krows, kcols, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _some_queries(tile, routes, H, W, rows, cols, across, SLOTS: tl.constexpr, BLOCK_SLOTS, BLOCK_M: tl.constexpr):
-    """Pixels of a tile of queries, whether they are real, and the bits of what is routed to them."""
+def _some_queries(tile, H, W, rows, cols, across, BLOCK_M: tl.constexpr):
+    """Pixels of a tile of queries, whether they are real, and their regions."""
     pixel = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    real = pixel < H * W
-    region = pixel // W // rows * across + pixel % W // cols
-    return pixel, real, _routed_bits(routes, region, real, SLOTS, BLOCK_SLOTS)
+    return pixel, pixel < H * W, pixel // W // rows * across + pixel % W // cols
 
 
 @triton.jit(do_not_specialize=["H", "W", "KH", "KW", "down", "across", "rows", "cols", "krows", "kcols"])
@@ -537,7 +535,8 @@ def dense_forward(
     keys = _load_rows(k, pixel_k, real_k, PITCH_K, D, BLOCK_D)
     values = _load_rows(v, pixel_k, real_k, PITCH_V, E, BLOCK_E)
     for tile in tl.range(tl.program_id(1), tl.cdiv(H * W, BLOCK_M), tl.num_programs(1), num_stages=STAGES):
-        pixel, real, routed = _some_queries(tile, routes, H, W, rows, cols, across, SLOTS, BLOCK_SLOTS, BLOCK_M)
+        pixel, real, region = _some_queries(tile, H, W, rows, cols, across, BLOCK_M)
+        routed = _routed_bits(routes, region, real, SLOTS, BLOCK_SLOTS)
         queries = _load_rows(q, pixel, real, PITCH_Q, D, BLOCK_D)
         logits = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * factor
         logits = tl.where((bit[:, None] & routed[None, :]) != 0, logits, float("-inf"))
@@ -621,7 +620,8 @@ def dense_backward(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for tile in tl.range(0, tl.cdiv(H * W, BLOCK_M), num_stages=STAGES):
-        pixel, real, routed = _some_queries(tile, routes, H, W, rows, cols, across, SLOTS, BLOCK_SLOTS, BLOCK_M)
+        pixel, real, region = _some_queries(tile, H, W, rows, cols, across, BLOCK_M)
+        routed = _routed_bits(routes, region, real, SLOTS, BLOCK_SLOTS)
         queries = _load_rows(q, pixel, real, PITCH_Q, D, BLOCK_D)
         incoming = _load_rows(grad_out, pixel, real, HEADS * E, E, BLOCK_E)
         lse_q = tl.load(lse + pixel, mask=real, other=float("inf"))

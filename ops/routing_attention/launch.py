@@ -38,9 +38,9 @@ class _Call:
     ) -> None:
         self.packed = key is None or value is None
         self.q, self.pitch_q = _pitched(query)
-        self.k, self.pitch_k = (None, self.pitch_q) if key is None else _pitched(key)
-        self.v, self.pitch_v = (None, self.pitch_q) if value is None else _pitched(value)
-        self.inputs = self.q, self.k, self.v
+        k, self.pitch_k = (None, self.pitch_q) if key is None else _pitched(key)
+        v, self.pitch_v = (None, self.pitch_q) if value is None else _pitched(value)
+        self.inputs = self.q, k, v
         self.routes, self.weights = routes.contiguous(), None if weights is None else weights.contiguous()
         # Kernels are compiled for these, so a tracer has to settle on them; the map may stay of any size.
         self.heads, self.d = map(int, query.shape[-2:])

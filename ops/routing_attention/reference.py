@@ -38,7 +38,7 @@ def routing_attention_reference(
     with without_autocast(query.device):
         q, k, v = _regions(q, region_size), _regions(k, kept), _regions(v, kept)  # (B, h, R, T, d)
         k, v = _gather(k, routes, route_weights), _gather(v, routes, route_weights)  # (B, h, R, k * T, d)
-        out = _attend(*(x.flatten(1, 2) for x in (q, k, v)), scale)  # (B, h * R, T, e)
+        out = _attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), scale)  # (B, h * R, T, e)
     return _map(out.view(B, h, down * across, *out.shape[2:]), (H, W), region_size)
 
 

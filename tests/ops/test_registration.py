@@ -24,6 +24,14 @@ WRITTEN = {
     "depthwise_conv 5": [["out"], ["parts"], ["out"]],
     "gelu_linear": [["grad_x", "hidden"]],
     "layer_norm": [["out"], ["grad_x", "parts"]],
+    "routing_attention": [["lse", "out"], ["delta", "grad_q"], ["sources", "starts"], ["grad_k"]],
+    "routing_attention, weighted": [
+        ["lse", "out"],
+        ["delta", "grad_q", "grad_weights"],
+        ["sources", "starts"],
+        ["grad_k"],
+    ],
+    "routing_attention, dense": [["lse", "out"], ["grad_q"]],
 }
 """What each kernel of an operator writes, forward and backward; anything more would be copied before each launch."""
 

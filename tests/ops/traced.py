@@ -21,6 +21,8 @@ from vizoo.ops.channel_attention import function as channel
 from vizoo.ops.depthwise_conv import function as depthwise
 from vizoo.ops.gelu_linear import function as gelu
 from vizoo.ops.layer_norm import function as norm
+from vizoo.ops.routing_attention import function as routing
+from vizoo.ops.routing_attention import region_affinity
 from vizoo.ops.window_attention import function as window
 
 
@@ -77,6 +79,16 @@ def windows(side: int) -> Callable[..., Tensor]:
     return lambda qkv, bias, padding: window._forward(qkv, bias, None, padding, [side, side], [2, 2], 0.2)[0]
 
 
+def regions(size: list[int], k: int, weighted: bool) -> Callable[..., Tensor]:
+    def run(query: Tensor) -> Tensor:
+        if k > 2:
+            query = query.narrow(1, 0, 4).narrow(2, 0, 6)  # of a known size, which the kernels for small maps ask for
+        logits, routes = region_affinity(query, region_size=(size[0], size[1])).topk(k)
+        return routing._forward(query, None, None, routes, logits.softmax(-1) if weighted else None, size, 0.2)[0]
+
+    return run
+
+
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
     gpu.on = lambda device: nullcontext()
@@ -91,6 +103,9 @@ def main() -> None:
         "depthwise_conv 5": (lambda x, w, b: depthwise._forward(x, w, b, False),
                              leaves((2, 9, 7, 24), (24, 1, 5, 5), (24,))),
         "gelu_linear": (lambda x, w, b: gelu._GeluLinear.apply(x, w, b), leaves((2, n, 24), (8, 24), (8,))),
+        "routing_attention": (regions([2, 4], 2, False), leaves((2, 8, 12, 3, 2, d))),
+        "routing_attention, weighted": (regions([2, 4], 2, True), leaves((2, 7, 10, 3, 2, d))),
+        "routing_attention, dense": (regions([2, 2], 5, False), leaves((2, 8, 12, 3, 2, d))),
         "layer_norm": (lambda x, w, b: norm._forward(x, w, b, 1e-5, torch.float16), leaves((2, n, 24), (24,), (24,))),
     }  # fmt: skip
     print(
