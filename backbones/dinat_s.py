@@ -103,8 +103,8 @@ FAMILY = Family(
         "img_size": 64,
         "kernel_size": 3,
         "embed_dim": 16,
-        "depths": (2, 1, 2, 1),
+        "depths": (1, 1, 2, 1),
         "num_heads": (1, 2, 2, 4),
-        "dilations": ((1, 3), 1, (1, 2), 1),
+        "dilations": (3, 1, (1, 2), 1),
     },
 )
