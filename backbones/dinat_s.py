@@ -73,7 +73,14 @@ _FT = "in22k_ft_in1k"
 
 def _variant(design: dict[str, Any], path: str, tag: str, top1: float, params: float, gmacs: float) -> Variant:
     config = DinatSConfig(**design)
-    record = classifier_weights(f"{_1K}/{path}", config.image_sides[0], top1=top1, params=params, gmacs=gmacs)
+    record = classifier_weights(
+        f"{_1K}/{path}",
+        config.image_sides[0],
+        top1=top1,
+        params=params,
+        gmacs=gmacs,
+        note=f"the authors' code names this file; their README has {path.replace('_in1k_', '_1k_')}.pth",
+    )
     return Variant(config=config, weights={tag: record})
 
 
