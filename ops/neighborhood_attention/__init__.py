@@ -181,9 +181,8 @@ def _check_keys(query: Tensor, key: Tensor, value: Tensor) -> None:
     _check("key", key, (*around, heads_kv, query.shape[-1]), legend, query)
     _check("value", value, (*around, heads_kv, value.shape[-1]), legend, query)
     if known(heads_kv == 0) or known(query.shape[-2] % heads_kv != 0):
-        raise ValueError(
-            f"heads of the queries must be a multiple of those of the keys, got {query.shape[-2]}, {heads_kv}"
-        )
+        heads = query.shape[-2]
+        raise ValueError(f"heads of the queries must be a multiple of those of the keys, got {heads} and {heads_kv}")
 
 
 def _check_extra(

@@ -272,6 +272,82 @@ def forward(
     tl.store(statistics + pixel_q, highest * LOG2E + tl.log2(total), mask=real)
 
 
+@triton.jit(do_not_specialize=["tiles", "down", "across", "images"])
+def whole_forward(
+    q,  # (B, Z, Y, X, HEADS, D), or (B, Z, Y, X, 3, HEADS, D) if PACKED
+    k,
+    v,
+    bias,  # (HEADS, 2 KZ - 1, 2 KY - 1, 2 KX - 1) float32
+    out,  # (B, Z, Y, X, HEADS, D)
+    lse,  # (B, HEADS, Z, Y, X) float32, base 2
+    scale,
+    Z, Y, X,
+    DZ, DY, DX,
+    tiles, down, across,
+    images,
+    HEADS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+    SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
+    CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
+    TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
+    CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, head; share): a tile of queries against one block of all keys that they see, image after image.
+
+    What is added to the logits is the same for all images: it is looked up once, and stays in registers.
+    """
+    BLOCK_M: tl.constexpr = TZ * TY * TX
+    PITCH: tl.constexpr = (3 if PACKED else 1) * HEADS * D
+    head = tl.program_id(0) % HEADS
+    tile = tl.program_id(0) // HEADS
+    g_z, first_z, size_z = _axis(tile // (down * across), Z, DZ, TZ)
+    g_y, first_y, size_y = _axis(tile // across % down, Y, DY, TY)
+    g_x, first_x, size_x = _axis(tile % across, X, DX, TX)
+    if (first_z >= size_z) | (first_y >= size_y) | (first_x >= size_x) | (tl.program_id(1) >= images):
+        return
+    m_z, m_y, m_x = _split(tl.arange(0, BLOCK_M), TY, TX)
+    p_z, p_y, p_x = first_z + m_z, first_y + m_y, first_x + m_x
+    real = (p_z < size_z) & (p_y < size_y) & (p_x < size_x)
+    pixel_q = _pixel(p_z, p_y, p_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+    n_z, n_y, n_x = _split(tl.arange(0, CZ * CY * CX), CY, CX)
+    c_z, _ = _union(first_z, size_z, TZ, KZ, SZ, CAUSAL_Z)
+    c_y, _ = _union(first_y, size_y, TY, KY, SY, CAUSAL_Y)
+    c_x, _ = _union(first_x, size_x, TX, KX, SX, CAUSAL_X)
+    j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
+    pixel_k = _pixel(j_z, j_y, j_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+    visible = _visible(
+        p_z[:, None], p_y[:, None], p_x[:, None], j_z[None, :], j_y[None, :], j_x[None, :],
+        size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X,
+        TZ * CZ > 1, TY * CY > 1, TX * CX > 1,
+    )  # fmt: skip
+    if HAS_BIAS:
+        bias = _bias_of(bias, head, KZ, KY, KX) + _entry(c_z - p_z, c_y - p_y, c_x - p_x, KY, KX)
+    added = _added(bias, _entry(n_z, n_y, n_x, KY, KX), visible, HAS_BIAS, COMPILED)
+    # A query past the end of its group sees nobody; any finite number keeps it from dividing zero by zero.
+    added = tl.where(real[:, None], added, 0.0)
+    factor = tl.cast(scale, tl.float32)
+    if PACKED:
+        k = q + HEADS * D
+        v = q + 2 * HEADS * D
+    for image in tl.range(tl.program_id(1), images, tl.num_programs(1), num_stages=STAGES):
+        inward = image.to(tl.int64) * Z * Y * X * PITCH + head * D
+        query = _vectors(q + inward, pixel_q, PITCH, D, BLOCK_D)
+        keys = _vectors(k + inward, pixel_k, PITCH, D, BLOCK_D)
+        values = _vectors(v + inward, pixel_k, PITCH, D, BLOCK_D)
+        logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * factor + added
+        highest = tl.max(logits, 1) * LOG2E
+        p = tl.exp2(logits * LOG2E - highest[:, None])
+        total = tl.sum(p, 1)
+        value = tl.dot(p.to(values.dtype), values, input_precision=PRECISION) * (1.0 / total)[:, None]
+        target = out + image.to(tl.int64) * Z * Y * X * (HEADS * D) + head * D
+        _put_vectors(target, value, pixel_q, real, HEADS * D, D, BLOCK_D)
+        statistics = lse + (image.to(tl.int64) * HEADS + head) * Z * Y * X
+        tl.store(statistics + pixel_q, highest + tl.log2(total), mask=real)
+
+
 @triton.jit(do_not_specialize=["tiles", "down", "across"])
 def backward_queries(
     grad_out,  # (B, Z, Y, X, HEADS, D)

@@ -154,7 +154,7 @@ TINY = [
     Case((7, 6), (3, 4), 1, (1, 4), (True, False), heads=2),
     Case((19,), 6, 2, 3, d=40),
     Case((37,), 5, 1, 3, True, packed=False),
-    Case((11,), 2),
+    Case((23,), 2, heads=2, batch=2),
     Case((4, 5, 6), (3, 2, 3), (1, 1, 2), (1, 2, 1), (True, False, False)),
     Case((3, 4, 5), (1, 3, 5), bias=False, packed=False),
 ]
