@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-from vizoo.ops import channel_attention, depthwise_conv, layer_norm, window_attention
+from vizoo.ops import channel_attention, depthwise_conv, layer_norm, region_routes, routing_attention, window_attention
 
 Pair = tuple[int, int]
 
@@ -89,6 +89,20 @@ MAPS = {
     "biformer_tiny stage 1": ((128, 56, 56, 64), torch.bfloat16, 5),
 }
 """Inputs of depthwise convolution: where they stand in a model, their sizes and dtype, and the side of the filters."""
+
+
+ROUTED = {
+    "biformer_tiny stage 1": (128, 56, 2, 7, 1),
+    "biformer_tiny stage 2": (128, 28, 4, 7, 4),
+    "biformer_tiny stage 3": (128, 14, 8, 7, 16),
+    "biformer_base stage 1": (128, 56, 3, 7, 1),
+    "biformer_base stage 2": (128, 28, 6, 7, 4),
+    "biformer_base stage 3": (128, 14, 12, 7, 16),
+    "biformer_small stage 3, 512": (4, 32, 8, 8, 16),
+    "256 x 256 in 8 x 8 regions": (1, 256, 2, 8, 4),
+}
+"""Inputs of routing attention: where they stand in a model; batch, side of the map, heads of 32 channels, regions a side
+of the map, and how many of them each region attends to."""
 
 
 def eager_sdpa(
@@ -348,6 +362,50 @@ def measure_depthwise_conv(bandwidth: float, first: int | None, eager: bool) -> 
     return rows
 
 
+def gathered_sdpa(qkv: Tensor, routes: Tensor, regions: int) -> Tensor:
+    """What a model does without the operator: cut the map into regions, copy the routed keys and values, attend."""
+    B, H, W, _, h, d = qkv.shape
+    rows, cols = H // regions, W // regions
+    cut = qkv.view(B, regions, rows, regions, cols, 3, h, d).permute(5, 0, 1, 3, 6, 2, 4, 7)
+    q, k, v = cut.reshape(3, B * regions**2, h, rows * cols, d)
+    taken = (routes + torch.arange(B, device=qkv.device)[:, None, None] * regions**2).flatten(0, 1)  # (B * regions, k)
+    k, v = (x[taken].transpose(1, 2).flatten(2, 3) for x in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v).view(B, regions, regions, h, rows, cols, d)
+    return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, H, W, h, d)
+
+
+def measure_routing_attention(bandwidth: float, first: int | None, eager: bool) -> list[dict[str, Any]]:
+    """Attention to routed regions, whose choice is given, beside copying them."""
+    rows = []
+    for name, (batch, side, heads, regions, k) in list(ROUTED.items())[:first]:
+        size = side // regions
+        tensors = {"qkv": torch.randn(batch, side, side, 3, heads, 32, device="cuda", dtype=torch.bfloat16)}
+        routes = region_routes(tensors["qkv"], region_size=size, topk=k)
+        tensors["qkv"].requires_grad_()
+
+        def ours(tensors: dict[str, Tensor], routes: Tensor = routes, size: int = size) -> Tensor:
+            return routing_attention(tensors["qkv"], routes=routes, region_size=size, implementation="triton")
+
+        def gathered(tensors: dict[str, Tensor], routes: Tensor = routes, regions: int = regions) -> Tensor:
+            return gathered_sdpa(tensors["qkv"], routes, regions)
+
+        check(ours(tensors).float(), gathered(tensors).float())
+        part = tensors["qkv"].nbytes / 3
+        ways = {"vizoo": ours, "gather eager": gathered, "gather compiled": torch.compile(gathered, dynamic=False)}
+        for way, function in chosen(ways, eager).items():
+            figures = measure(function, tensors)
+            shares = {
+                "forward_share": 4 * part / bandwidth / figures["forward_device_ms"] * 1e3,
+                # Backward reads qkv and the incoming gradient, and writes that of qkv.
+                "both_share": (4 + 7) * part / bandwidth / figures["both_device_ms"] * 1e3,
+            }
+            row = {"op": "routing_attention", "name": name, "shape": (batch, side, heads, regions, k)}
+            rows.append({**row, "implementation": way, **figures, **shares})
+            print(line(rows[-1]), flush=True)
+        torch.compiler.reset()
+    return rows
+
+
 Ways = dict[str, Callable[[dict[str, Tensor]], Tensor]]
 
 
@@ -385,6 +443,7 @@ OPERATORS = {
     "channel_attention": measure_channel_attention,
     "depthwise_conv": measure_depthwise_conv,
     "layer_norm": measure_layer_norm,
+    "routing_attention": measure_routing_attention,
     "window_attention": measure_window_attention,
 }
 

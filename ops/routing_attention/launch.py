@@ -88,10 +88,10 @@ class _Call:
             "num_warps": tile.warps,
         }
 
-    def routed_tile(self) -> tiles.Tile:
+    def routed_tile(self, backward: bool) -> tiles.Tile:
         length = int(self.region) if self.small else None
         keys = int(self.slots * self.key_region) if self.in_one_step else None
-        return tiles.routed(length, keys, *self.numbers)
+        return tiles.routed(length, keys, *self.numbers, backward=backward)
 
 
 def forward(
@@ -126,7 +126,7 @@ def _dense_forward(call: _Call, out: Tensor, lse: Tensor) -> None:
 
 
 def _routed_forward(call: _Call, out: Tensor, lse: Tensor) -> None:
-    tile = call.routed_tile()
+    tile = call.routed_tile(backward=False)
     programs = call.images * call.regions * call.heads * -(-call.region // tile.queries)
     launchable(kernels.routed_forward)[(programs,)](
         *call.inputs, call.routes, call.weights, out, lse, *call.sizes,
@@ -180,7 +180,7 @@ def _routed_backward(
     weights_gradient: bool,
 ) -> Tensor | None:
     """Programs' parts of the gradient of the route weights, (B, regions, heads, tiles, k), where asked for."""
-    tile, delta, parts = call.routed_tile(), torch.empty_like(lse), None
+    tile, delta, parts = call.routed_tile(backward=True), torch.empty_like(lse), None
     blocks, weighted = -(-call.region // tile.queries), call.weights is not None
     if weights_gradient:
         shape = call.images, call.regions, call.heads, blocks, call.slots

@@ -52,15 +52,17 @@ def in_one_step(keys: int, d: int, itemsize: int) -> bool:
     return known(keys <= side(d, itemsize))
 
 
-def routed(queries: int | None, keys: int | None, d: int, itemsize: int) -> Tile:
-    """Tile of the kernels that walk over routes.
+def routed(queries: int | None, keys: int | None, d: int, itemsize: int, backward: bool) -> Tile:
+    """Tile of the kernels that walk over routes, for the output and for the gradient of queries.
 
     Args:
         queries: Positions of a region, None if it is large.
         keys: Keys of a query, None if there are many.
         d: Channels of a head.
         itemsize: Bytes of a number.
+        backward: Whether it is for the gradient. There, one tile must take all keys if they are given.
     """
+    del backward  # both alike so far: nothing has been measured
     longest = side(d, itemsize)
     rows = longest if queries is None else min(longest, power_of_two(queries))
     cols = longest if keys is None else min(longest, power_of_two(keys))
