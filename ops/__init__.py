@@ -9,6 +9,7 @@ from .gelu_linear import gelu_linear
 from .layer_norm import layer_norm
 from .neighborhood_attention import neighborhood_attention
 from .routing_attention import region_affinity, region_routes, routing_attention
+from .state_space_dual import state_space_dual
 from .window_attention import window_attention
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "region_affinity",
     "region_routes",
     "routing_attention",
+    "state_space_dual",
     "use",
     "window_attention",
 ]
