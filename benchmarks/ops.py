@@ -101,8 +101,8 @@ ROUTED = {
     "biformer_small stage 3, 512": (4, 32, 8, 8, 16),
     "256 x 256 in 8 x 8 regions": (1, 256, 2, 8, 4),
 }
-"""Inputs of routing attention: where they stand in a model; batch, side of the map, heads of 32 channels, regions a side
-of the map, and how many of them each region attends to."""
+"""Inputs of routing attention: where they stand in a model; batch, side of the map, heads of 32 channels, regions on a
+side of the map, and how many of them each region attends to."""
 
 
 def eager_sdpa(

@@ -115,7 +115,7 @@ def forward(
 
 
 def _dense_forward(call: _Call, out: Tensor, lse: Tensor) -> None:
-    tile = tiles.dense(int(call.regions * call.key_region), backward=False)
+    tile = tiles.dense(int(call.regions * call.key_region), call.numbers[0], backward=False)
     programs, queries = call.images * call.heads, call.sizes[1] * call.sizes[2]
     # As many programs share an image as give each multiprocessor two.
     share = min(-(-queries // tile.queries), max(1, 2 * gpu.multiprocessors(out.device) // programs))
@@ -164,7 +164,7 @@ def backward(
 
 
 def _dense_backward(call: _Call, grad_out: Tensor, lse: Tensor, gradients: list[Tensor | None]) -> None:
-    tile = tiles.dense(int(call.regions * call.key_region), backward=True)
+    tile = tiles.dense(int(call.regions * call.key_region), call.numbers[0], backward=True)
     launchable(kernels.dense_backward)[(call.images * call.heads,)](
         grad_out, *call.inputs, call.routes, lse, *gradients, *call.sizes,
         BLOCK_SLOTS=tiles.power_of_two(call.slots), **call.constants(tile),

@@ -66,12 +66,13 @@ def routed(queries: int | None, keys: int | None, d: int, itemsize: int, backwar
     longest = side(d, itemsize)
     rows = longest if queries is None else min(longest, power_of_two(queries))
     cols = longest if keys is None else min(longest, power_of_two(keys))
-    return Tile(rows, cols, _warps(rows, d, itemsize), stages=1 if keys is not None and keys <= cols else 2)
+    once = keys is not None and keys <= cols
+    return Tile(rows, cols, _warps(rows, d, itemsize), stages=1 if once or d > 64 else 2)
 
 
 def _warps(rows: int, d: int, itemsize: int) -> int:
-    """One for each 16 rows, and so many that long vectors find room in their registers."""
-    return max(1, rows // 16, min(4, power_of_two(d) * itemsize // 128))
+    """Of halves one for each 16 rows; more where vectors or three-fold products would not fit into its registers."""
+    return max(1, rows * itemsize // 32, min(4, power_of_two(d) * itemsize**2 // 256))
 
 
 def routed_keys(keys: int | None, d: int, itemsize: int) -> Tile:
@@ -104,7 +105,8 @@ def is_dense(regions: int, region: int, keys: int, k: int, d: int, itemsize: int
     return fits and int(regions * region) <= max(16, int(region)) * k
 
 
-def dense(keys: int, backward: bool) -> Tile:
-    """Tile of the kernels that hold all keys of a small map at once, in registers."""
+def dense(keys: int, d: int, backward: bool) -> Tile:
+    """Tile of the kernels that hold all keys of a small map, of d channels, at once, in registers."""
     cols = power_of_two(keys)
-    return Tile(32, cols, warps=8 if backward and cols > 128 else 4, stages=1 if backward else 2)
+    many = cols * power_of_two(d) > 4096
+    return Tile(32, cols, warps=8 if backward and many else 4, stages=1 if backward else 2)
