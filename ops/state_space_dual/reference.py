@@ -103,37 +103,47 @@ def _segment(
     x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Products within chunks, and of each token with the state that its chunk began with."""
-    L, heads, groups, Q = x.shape[1], x.shape[2], B.shape[2], CHUNK
-    # Differences are taken of sums over the whole segment, which float32 would round too coarsely.
-    clock = _chunked((step * A).double(), Q).flatten(1, 2).cumsum(1).unflatten(1, (-1, Q))
-    clock = clock.permute(0, 3, 1, 2).unflatten(1, (groups, heads // groups))  # (batch, G, r, c, Q)
-    marks = F.pad(clock[..., -1], (1, 0))  # (batch, G, r, c + 1): the start, and the end of each chunk
-    inputs = _chunked(x * step[..., None], Q).permute(0, 3, 1, 2, 4).unflatten(1, (groups, heads // groups))
-    B, C = (_chunked(each, Q).permute(0, 3, 1, 2, 4).unsqueeze(2) for each in (B, C))  # (batch, G, 1, c, Q, N)
+    heads, groups, table = x.shape[2], B.shape[2], _table(x.shape[1], x.device)
+    step = _chunked(step, table) * (table < x.shape[1]).T[..., None]  # none beyond the end: no decay, nothing added
+    inputs = _by_group(_chunked(x, table) * step[..., None], groups)  # (batch, G, r, c, Q, P)
+    B, C = (_by_group(_chunked(each, table), groups) for each in (B, C))  # (batch, G, 1, c, Q, N)
+    # Differences are taken of these sums, which float32 would round too coarsely.
+    clock = _by_group((step * A).double().cumsum(2)[..., None], groups).squeeze(-1)  # (batch, G, r, c, Q)
+    marks = F.pad(clock[..., -1].cumsum(-1), (1, 0))  # (batch, G, r, c + 1): the start, and the end of each chunk
 
-    within = (C @ B.mT) * _decay(clock, clock, x.dtype)
-    left = (marks[..., 1:, None] - clock).exp().to(x.dtype)  # of a token at the end of its chunk
+    left = (clock[..., -1:] - clock).exp().to(x.dtype)  # of a token at the end of its chunk
     arrivals = (inputs * left[..., None]).mT @ B  # (batch, G, r, c, P, N)
     first = torch.zeros_like(arrivals[..., :1, :, :])
     if initial_state is not None:
         first = initial_state.unflatten(1, (groups, heads // groups)).unsqueeze(3)
     arrivals = torch.cat([first, arrivals], 3)
-    entering = (_decay(marks, marks, x.dtype) @ arrivals.flatten(4)).unflatten(4, arrivals.shape[4:])
-    read = (clock - marks[..., :-1, None]).exp().to(x.dtype)
-    y = within @ inputs + read[..., None] * (C @ entering[..., :-1, :, :].mT)
-    y = y.flatten(1, 2).permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :L]
-    return y, entering[..., -1, :, :].flatten(1, 2)
+    entering = (_decay(marks, x.dtype) @ arrivals.flatten(4)).unflatten(4, arrivals.shape[4:])
+    read = clock.exp().to(x.dtype)[..., None] * (C @ entering[..., :-1, :, :].mT)
+    y = ((C @ B.mT) * _decay(clock, x.dtype)) @ inputs + read
+    y = y.flatten(1, 2).permute(0, 2, 3, 1, 4).flatten(1, 2)
+    return y.index_select(1, torch.arange(x.shape[1], device=x.device)), entering[..., -1, :, :].flatten(1, 2)
 
 
-def _chunked(x: Tensor, Q: int) -> Tensor:
-    """(batch, L, ...) -> (batch, c, Q, ...), zeros beyond the end: tokens that neither decay nor add anything."""
-    count = (x.shape[1] + Q - 1) // Q
-    padding = [0, 0] * (x.ndim - 2) + [0, count * Q - x.shape[1]]
-    return F.pad(x, padding).reshape(x.shape[0], count, Q, *x.shape[2:])
+def _table(L: int, device: torch.device) -> Tensor:
+    """Position of each token of each chunk, (Q, c). A chunk to spare if tracing cannot tell whether there are many."""
+    count = (L + CHUNK - 1) // CHUNK
+    count = count if known(count <= 1) or known(count > 1) else count + 1
+    return torch.arange(CHUNK, device=device)[:, None] + CHUNK * torch.arange(count, device=device)
 
 
-def _decay(read: Tensor, written: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp(read[t] - written[s]) where s <= t, else 0: (..., T), (..., S) -> (..., T, S)."""
-    difference = read[..., :, None] - written[..., None, :]
-    later = torch.ones(difference.shape[-2:], dtype=torch.bool, device=read.device).triu(1)
+def _chunked(x: Tensor, table: Tensor) -> Tensor:
+    """(batch, L, ...) -> (batch, c, Q, ...), what lies beyond the end repeating the last token."""
+    index = table.clamp(max=x.shape[1] - 1).flatten()
+    return x.index_select(1, index).unflatten(1, (CHUNK, -1)).transpose(1, 2)  # chunks last: split without a guard
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """(batch, c, Q, H, ...) -> (batch, G, H / G, c, Q, ...)."""
+    return x.permute(0, 3, 1, 2, 4).unflatten(1, (groups, -1))
+
+
+def _decay(clock: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(clock[t] - clock[s]) where s <= t, else 0: (..., T) -> (..., T, T)."""
+    difference = clock[..., :, None] - clock[..., None, :]
+    later = torch.ones(difference.shape[-2:], dtype=torch.bool, device=clock.device).triu(1)
     return difference.masked_fill(later, float("-inf")).to(dtype).exp()
