@@ -29,8 +29,8 @@ SHORTHANDS = {
 """Short names for what is set most, some of it in two places; parts that a config leaves out are passed over."""
 DATA_ROOT = "data_root"
 """Where a config states it at its top, every text that is or lies below it follows when it is set."""
-DROP_PATH = "drop_path"
-"""At the top of a config that takes any backbone: drop path rates by the beginning of the backbone's name."""
+BY_NAME = {"drop_path": "drop_path_rate", "dilations": "dilations", "n_win": "n_win"}
+"""Tables at the top of a config that takes any backbone: values of a setting by the beginning of the backbone's name."""
 FREE = ("model.backbone",)
 """Below these, keys may be new: `vizoo.create_model` checks them itself, and names the nearest."""
 
@@ -100,7 +100,7 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
             continue
         for place in _places(config, key.strip()):
             set_value(config, place, _parse(text.strip()))
-    _fill_drop_path(config)
+    _fill_by_name(config)
     return config
 
 
@@ -112,14 +112,16 @@ def _move_data(config: Config, root: str) -> None:
             set_value(config, key, root.rstrip("/") + value[len(old) :])
 
 
-def _fill_drop_path(config: Config) -> None:
-    """Give the backbone the rate that the config's table has for its name, unless it states one itself."""
-    table, backbone = config.get(DROP_PATH), config.get("model", {}).get("backbone", {})
-    if not table or "drop_path_rate" in backbone:
-        return
-    fitting = [start for start in table if re.match(rf"{re.escape(start)}(_|\.|$)", backbone["name"])]
-    if fitting:
-        backbone["drop_path_rate"] = table[max(fitting, key=len)]
+def _fill_by_name(config: Config) -> None:
+    """Give the backbone what the config's tables have for its name, unless it states that itself."""
+    backbone = config.get("model", {}).get("backbone", {})
+    for title, setting in BY_NAME.items():
+        table = config.get(title)
+        if not table or setting in backbone:
+            continue
+        fitting = [start for start in table if re.match(rf"{re.escape(start)}(_|\.|$)", backbone["name"])]
+        if fitting:
+            backbone[setting] = table[max(fitting, key=len)]
 
 
 def _places(config: Config, key: str) -> Sequence[str]:

@@ -9,6 +9,8 @@ import torch
 
 import vizoo
 from vizoo.backbones.base import override
+from vizoo.backbones.nat import NeighborhoodAttention
+from vizoo.dense import create_dense
 from vizoo.registry import resolve
 from vizoo.train.classification import ImageClassifier
 from vizoo.train.optim import AutocastOptimWrapper, parameter_groups
@@ -92,3 +94,39 @@ def test_tables_and_vectors_are_not_decayed(name: str) -> None:
     groups = parameter_groups(model, lr=1.0, weight_decay=0.05, **config.optim_wrapper.paramwise_cfg)
     spared = {n for group in groups for n in group["param_names"] if group["weight_decay"] == 0.0}
     assert spared == {n for n, p in model.named_parameters() if p.ndim == 1 or n.endswith(".rpb")}
+
+
+COCO = ([1, 28, 1], [1, 7, 1, 14], [1, 3, 1, 5, 1, 7] * 3, [1, 3, 1, 3, 1])
+LEVEL_2 = [1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "rate", "dilations"),
+    [
+        ("coco/mask_rcnn_3x", "dinat_tiny", 0.2, COCO),
+        ("coco/cascade_mask_rcnn_3x", "dinat_large_21k", 0.6, COCO),
+        ("coco/cascade_mask_rcnn_3x", "dinat_s_tiny", 0.3, ([1, 28], [1, 14], [1, 3, 1, 5, 1, 7], [1, 3])),
+        ("coco/retinanet_1x", "nat_tiny", None, None),
+        ("coco/mask_rcnn_3x", "nat_small", 0.35, None),
+        ("ade20k/upernet_160k", "nat_mini", 0.2, None),
+        ("ade20k/upernet_160k", "dinat_mini", 0.2, ([1, 16, 1], [1, 4, 1, 8], [1, 2, 1, 3, 1, 4], [1, 2, 1, 2, 1])),
+        ("ade20k/upernet_160k", "dinat_s_tiny", 0.3, ([1, 16], [1, 8], [1, 2, 1, 3, 1, 4], [1, 2])),
+        ("ade20k/upernet_160k", "dinat_large_21k", 0.3, ([1, 20, 1], [1, 5, 1, 10], LEVEL_2, [1, 2, 1, 2, 1])),
+        ("ade20k/upernet_160k", "dinat_s_large_21k", 0.3, ([1, 20], [1, 10], LEVEL_2, [1, 2])),
+        ("ade20k/mlp_160k", "dinat_isotropic_small", None, None),
+    ],
+)
+def test_dense_recipes_have_the_published_drop_path_and_dilations(
+    recipe: str, name: str, rate: float | None, dilations: tuple[list[int], ...] | None
+) -> None:
+    backbone = load_config(recipe, [f"model.backbone.name={name}"]).model.backbone
+    assert backbone.get("drop_path_rate") == rate
+    with torch.device("meta"):
+        model = create_dense(**{**backbone, "pretrained": False})
+    found = [module.dilation for module in model.modules() if isinstance(module, NeighborhoodAttention)]
+    if dilations is None:
+        assert "dilations" not in backbone
+    else:
+        assert found == [dilation for stage in dilations for dilation in stage]
+    chosen = load_config(recipe, ["model.backbone.dilations=1", f"model.backbone.name={name}"]).model.backbone
+    assert chosen.dilations == 1
