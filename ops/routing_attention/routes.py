@@ -58,7 +58,8 @@ def region_affinity(
             q, k = region_means(q, size), region_means(k, size)
         q, k = (x.transpose(1, 2) if per_head else x.flatten(2) for x in (q, k))
         wide = q.dtype if q.device.type == "mps" else torch.float64  # Apple's GPUs have none, nor a lowered float32
-        return (scale * (q.to(wide) @ k.to(wide).mT)).to(q.dtype)
+        affinity = q.to(wide) @ k.to(wide).mT
+        return (affinity if scale == 1.0 else scale * affinity).to(q.dtype)
 
 
 def region_routes(
@@ -108,11 +109,11 @@ def region_means(x: Tensor, region_size: Pair) -> Tensor:
         y, column = positions((down, across), region_size, x.device)
         count = ((y < H) & (column < W)).sum(1)
         return whole[:, y, column].sum(2, dtype=wide) / count.to(wide).view(-1, *(1 for _ in x.shape[3:]))
-    sums = whole.view(B, down, rows, across, cols, *x.shape[3:]).sum((2, 4), dtype=wide)
+    cut = whole.view(B, down, rows, across, cols, *x.shape[3:])
     if whole is x:
-        return sums.flatten(1, 2) / (rows * cols)
+        return cut.mean((2, 4), dtype=wide).flatten(1, 2)
     count = _extent(H, rows, down, x)[:, None] * _extent(W, cols, across, x)
-    return (sums / count.to(wide).view(down, across, *(1 for _ in x.shape[3:]))).flatten(1, 2)
+    return (cut.sum((2, 4), dtype=wide) / count.to(wide).view(down, across, *(1 for _ in x.shape[3:]))).flatten(1, 2)
 
 
 def grid(H: int, W: int, region_size: Pair) -> Pair:
