@@ -9,6 +9,7 @@ from .gelu_linear import gelu_linear
 from .layer_norm import layer_norm
 from .neighborhood_attention import neighborhood_attention
 from .routing_attention import region_affinity, region_routes, routing_attention
+from .selective_scan import selective_scan
 from .state_space_dual import state_space_dual
 from .window_attention import window_attention
 
@@ -22,6 +23,7 @@ __all__ = [
     "region_affinity",
     "region_routes",
     "routing_attention",
+    "selective_scan",
     "state_space_dual",
     "use",
     "window_attention",

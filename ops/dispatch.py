@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import torch
-from torch import Tensor
 
 ImplementationName = Literal["reference", "triton"]
 IMPLEMENTATIONS: tuple[ImplementationName, ...] = get_args(ImplementationName)
+Result = TypeVar("Result")
 
 # A plain global, not a ContextVar: that breaks the graph of a compiled model at every operator up to torch 2.11.
 _forced: ImplementationName | None = None
@@ -24,7 +24,7 @@ _reported: set[tuple[str, str]] = set()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Operator:
+class Operator(Generic[Result]):
     """What the dispatcher knows of one operator.
 
     The functions after `prepare` all take the keyword arguments that `prepare` returns.
@@ -42,16 +42,16 @@ class Operator:
 
     name: str
     prepare: Callable[..., dict[str, Any]]
-    reference: Callable[..., Tensor]
-    triton: Callable[..., Tensor]
+    reference: Callable[..., Result]
+    triton: Callable[..., Result]
     unsupported: Callable[..., list[str]]
     compilers_fuse_reference: bool = False
 
 
-_operators: dict[Callable[..., Any], Operator] = {}
+_operators: dict[Callable[..., Any], Operator[Any]] = {}
 
 
-def register(function: Callable[..., Any], operator: Operator) -> None:
+def register(function: Callable[..., Any], operator: Operator[Any]) -> None:
     """Makes an operator known to `explain` under its public function."""
     if function in _operators:
         raise ValueError(f"operator {operator.name} is registered twice")
@@ -98,8 +98,11 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[Implement
 
 
 def call(
-    operator: Operator, implementation: ImplementationName | None, device: torch.device, arguments: dict[str, Any]
-) -> Tensor:
+    operator: Operator[Result],
+    implementation: ImplementationName | None,
+    device: torch.device,
+    arguments: dict[str, Any],
+) -> Result:
     """Runs an operator on prepared arguments by the forced implementation, or by the best one that can.
 
     Raises:

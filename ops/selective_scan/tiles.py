@@ -1,0 +1,1 @@
+"""Launch parameters of the selective scan's kernels."""
