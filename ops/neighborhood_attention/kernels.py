@@ -79,24 +79,31 @@ def _pixel(z, y, x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX):
 
 
 @triton.jit
+def _places(pointer, pixel, PITCH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Where the channels of each pixel lie, and their numbers, for pixels in a list or in a list of lists."""
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    if len(pixel.shape) == 2:
+        channel = channel[None, :, :]
+    return pointer + tl.expand_dims(pixel, -1) * PITCH + channel, channel
+
+
+@triton.jit
 def _vectors(pointer, pixel, PITCH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Loads a vector of D channels for each pixel."""
-    channel = tl.arange(0, BLOCK_D)
-    pointers = pointer + pixel[:, None] * PITCH + channel[None, :]
+    pointers, channel = _places(pointer, pixel, PITCH, BLOCK_D)
     if D == BLOCK_D:
         return tl.load(pointers)
-    return tl.load(pointers, mask=(channel < D)[None, :], other=0.0)
+    return tl.load(pointers, mask=channel < D, other=0.0)
 
 
 @triton.jit
 def _put_vectors(pointer, value, pixel, real, PITCH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    channel = tl.arange(0, BLOCK_D)
-    pointers = pointer + pixel[:, None] * PITCH + channel[None, :]
+    pointers, channel = _places(pointer, pixel, PITCH, BLOCK_D)
     value = value.to(pointer.dtype.element_ty)
     if D == BLOCK_D:
-        tl.store(pointers, value, mask=real[:, None])
+        tl.store(pointers, value, mask=tl.expand_dims(real, -1))
     else:
-        tl.store(pointers, value, mask=real[:, None] & (channel < D)[None, :])
+        tl.store(pointers, value, mask=tl.expand_dims(real, -1) & (channel < D))
 
 
 @triton.jit
@@ -147,24 +154,27 @@ def _bias_of(bias, head, KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr):
 def _added(column, row, visible, HAS_BIAS: tl.constexpr, COMPILED: tl.constexpr):
     """What is added to logits: the bias at pointers column + row, minus infinity for keys out of sight.
 
-    The column moves from block to block and the row is constant, so that compilers put it into the address of the load.
-    A load by `tl.load` would come in the layout of loads, pass through shared memory to that of products, and be taken
-    for one to prefetch; together it doubles the instructions of the loop. Written as an operation on elements, which
-    the interpreter does not know, it comes where it is used.
+    The column moves from block to block and the row is constant, so that compilers put it into the address of the
+    load. A load by `tl.load` would come in the layout of loads, pass through shared memory to that of products, and be
+    taken for one to prefetch: twice the instructions for the loop. Written as an operation on elements, which the
+    interpreter does not know, it comes where it is used.
     """
-    if not HAS_BIAS:
-        return tl.where(visible, 0.0, float("-inf"))
-    pointers = column[:, None] + row[None, :]
-    if not COMPILED:
-        return tl.load(pointers, mask=visible, other=float("-inf"))
-    return tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0xff800000; @p ld.global.nc.f32 $0, [$1]; }",
-        "=f,l,r",
-        [pointers.to(tl.int64), visible.to(tl.int32)],
-        dtype=tl.float32,
-        is_pure=True,
-        pack=1,
-    )
+    if HAS_BIAS:
+        pointers = tl.expand_dims(column, -1) + tl.expand_dims(row, -2)
+        if COMPILED:
+            added = tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0xff800000; @p ld.global.nc.f32 $0, [$1]; }",
+                "=f,l,r",
+                [pointers.to(tl.int64), visible.to(tl.int32)],
+                dtype=tl.float32,
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            added = tl.load(pointers, mask=visible, other=float("-inf"))
+    else:
+        added = tl.where(visible, 0.0, float("-inf"))
+    return added
 
 
 @triton.jit
@@ -293,58 +303,61 @@ def whole_forward(
     PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
     TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, STACK: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, head; share): a tile of queries against one block of all keys that they see, image after image.
+    """Program (stack, head; share): STACK tiles of queries, one below the other, image after image.
 
-    What is added to the logits is the same for all images: it is looked up once, and stays in registers.
+    Each tile meets one block of all keys that it sees, in a product of its own: a warp each, that has no part in the
+    others' softmax. The blocks overlap, but for the caches. What is added to the logits is the same for all images: it
+    is looked up once, and stays in registers.
     """
     BLOCK_M: tl.constexpr = TZ * TY * TX
     PITCH: tl.constexpr = (3 if PACKED else 1) * HEADS * D
     head = tl.program_id(0) % HEADS
     tile = tl.program_id(0) // HEADS
     g_z, first_z, size_z = _axis(tile // (down * across), Z, DZ, TZ)
-    g_y, first_y, size_y = _axis(tile // across % down, Y, DY, TY)
+    g_y, first_y, size_y = _axis(tile // across % down, Y, DY, TY * STACK)
     g_x, first_x, size_x = _axis(tile % across, X, DX, TX)
     if (first_z >= size_z) | (first_y >= size_y) | (first_x >= size_x) | (tl.program_id(1) >= images):
         return
-    m_z, m_y, m_x = _split(tl.arange(0, BLOCK_M), TY, TX)
+    m_z, m_y, m_x = _split(tl.arange(0, BLOCK_M)[None, :], TY, TX)
+    first_y += tl.arange(0, STACK)[:, None] * TY
     p_z, p_y, p_x = first_z + m_z, first_y + m_y, first_x + m_x
     real = (p_z < size_z) & (p_y < size_y) & (p_x < size_x)
     pixel_q = _pixel(p_z, p_y, p_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
-    n_z, n_y, n_x = _split(tl.arange(0, CZ * CY * CX), CY, CX)
-    c_z, _ = _union(first_z, size_z, TZ, KZ, SZ, CAUSAL_Z)
-    c_y, _ = _union(first_y, size_y, TY, KY, SY, CAUSAL_Y)
-    c_x, _ = _union(first_x, size_x, TX, KX, SX, CAUSAL_X)
+    n_z, n_y, n_x = _split(tl.arange(0, CZ * CY * CX)[None, :], CY, CX)
+    c_z, _ = _window(first_z, size_z, KZ, SZ, CAUSAL_Z)
+    c_y, _ = _window(first_y, size_y, KY, SY, CAUSAL_Y)
+    c_x, _ = _window(first_x, size_x, KX, SX, CAUSAL_X)
     j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
     pixel_k = _pixel(j_z, j_y, j_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
     visible = _visible(
-        p_z[:, None], p_y[:, None], p_x[:, None], j_z[None, :], j_y[None, :], j_x[None, :],
-        size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X,
-        TZ * CZ > 1, TY * CY > 1, TX * CX > 1,
+        p_z[:, :, None], p_y[:, :, None], p_x[:, :, None], j_z[:, None, :], j_y[:, None, :], j_x[:, None, :],
+        size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, True, True, True,
     )  # fmt: skip
     if HAS_BIAS:
         bias = _bias_of(bias, head, KZ, KY, KX) + _entry(c_z - p_z, c_y - p_y, c_x - p_x, KY, KX)
     added = _added(bias, _entry(n_z, n_y, n_x, KY, KX), visible, HAS_BIAS, COMPILED)
     # A query past the end of its group sees nobody; any finite number keeps it from dividing zero by zero.
-    added = tl.where(real[:, None], added, 0.0)
+    added = tl.where(real[:, :, None], added, 0.0)
     factor = tl.cast(scale, tl.float32)
     if PACKED:
         k = q + HEADS * D
         v = q + 2 * HEADS * D
-    for image in tl.range(tl.program_id(1), images, tl.num_programs(1), num_stages=STAGES):
-        inward = image.to(tl.int64) * Z * Y * X * PITCH + head * D
+    for number in tl.range(tl.program_id(1), images, tl.num_programs(1), num_stages=STAGES):
+        image = tl.cast(number, tl.int64)
+        inward = image * Z * Y * X * PITCH + head * D
         query = _vectors(q + inward, pixel_q, PITCH, D, BLOCK_D)
         keys = _vectors(k + inward, pixel_k, PITCH, D, BLOCK_D)
         values = _vectors(v + inward, pixel_k, PITCH, D, BLOCK_D)
-        logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * factor + added
-        highest = tl.max(logits, 1) * LOG2E
-        p = tl.exp2(logits * LOG2E - highest[:, None])
-        total = tl.sum(p, 1)
-        value = tl.dot(p.to(values.dtype), values, input_precision=PRECISION) * (1.0 / total)[:, None]
-        target = out + image.to(tl.int64) * Z * Y * X * (HEADS * D) + head * D
+        logits = tl.dot(query, tl.permute(keys, (0, 2, 1)), input_precision=PRECISION) * factor + added
+        highest = tl.max(logits, 2) * LOG2E
+        p = tl.exp2(logits * LOG2E - highest[:, :, None])
+        total = tl.sum(p, 2)
+        value = tl.dot(p.to(values.dtype), values, input_precision=PRECISION) * (1.0 / total)[:, :, None]
+        target = out + image * Z * Y * X * (HEADS * D) + head * D
         _put_vectors(target, value, pixel_q, real, HEADS * D, D, BLOCK_D)
-        statistics = lse + (image.to(tl.int64) * HEADS + head) * Z * Y * X
+        statistics = lse + (image * HEADS + head) * Z * Y * X
         tl.store(statistics + pixel_q, highest + tl.log2(total), mask=real)
 
 
@@ -519,7 +532,7 @@ def backward_keys(
     _put_vectors(grad_v + inward, dv, pixel_k, real, PITCH, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["tiles", "down", "across", "images"])
+@triton.jit(do_not_specialize=["tiles", "down", "across", "images", "columns"])
 def backward_bias(
     grad_out,  # (B, Z, Y, X, HEADS, D)
     q,  # (B, Z, Y, X, HEADS, D), or (B, Z, Y, X, 3, HEADS, D) if PACKED
@@ -534,6 +547,7 @@ def backward_bias(
     DZ, DY, DX,
     tiles, down, across,
     images,
+    columns,
     HEADS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
@@ -549,7 +563,8 @@ def backward_bias(
     """Program (head, block; share): sum over tiles and images of the gradient of their logits with one block of keys.
 
     The block stands at the same place relative to each tile, FROM plus a multiple of its sides from the tile's first
-    place, so that an element of the sum always belongs to the same entry of the bias.
+    place, so that an element of the sum always belongs to the same entry of the bias. Shares take every `columns`-th
+    tile, and of its images an equal part.
     """
     BLOCK_M: tl.constexpr = TZ * TY * TX
     BLOCK_N: tl.constexpr = CZ * CY * CX
@@ -564,17 +579,11 @@ def backward_bias(
     if PACKED:
         k = q + HEADS * D
         v = q + 2 * HEADS * D
-    o_z = from_z + n_z[None, :] - m_z[:, None]
-    o_y = from_y + n_y[None, :] - m_y[:, None]
-    o_x = from_x + n_x[None, :] - m_x[:, None]
-    known = (o_z > -KZ) & (o_z < KZ) & (o_y > -KY) & (o_y < KY) & (o_x > -KX) & (o_x < KX)
-    entries = _bias_of(bias, head, KZ, KY, KX) + _entry(o_z, o_y, o_x, KY, KX)
-    entries = tl.load(entries, mask=known, other=0.0)
+    bias = _bias_of(bias, head, KZ, KY, KX) + _entry(from_z - m_z, from_y - m_y, from_x - m_x, KY, KX)
+    entry_k = _entry(n_z, n_y, n_x, KY, KX)
     factor = tl.cast(scale, tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for item in tl.range(tl.program_id(1), tiles * images, tl.num_programs(1), num_stages=STAGES):
-        tile = item % tiles
-        image = (item // tiles).to(tl.int64)
+    for tile in tl.range(tl.program_id(1) % columns, tiles, columns, num_stages=1):
         g_z, first_z, size_z = _axis(tile // (down * across), Z, DZ, TZ)
         g_y, first_y, size_y = _axis(tile // across % down, Y, DY, TY)
         g_x, first_x, size_x = _axis(tile % across, X, DX, TX)
@@ -583,12 +592,21 @@ def backward_bias(
         start_y, end_y = _union(first_y, size_y, TY, KY, SY, CAUSAL_Y)
         start_x, end_x = _union(first_x, size_x, TX, KX, SX, CAUSAL_X)
         on_map = (first_z < size_z) & (first_y < size_y) & (first_x < size_x)
-        before = (c_z < end_z) & (c_y < end_y) & (c_x < end_x)
-        if on_map & before & (c_z + CZ > start_z) & (c_y + CY > start_y) & (c_x + CX > start_x):
-            p_z, p_y, p_x = first_z + m_z, first_y + m_y, first_x + m_x
-            j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
-            pixel_q = _pixel(p_z, p_y, p_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
-            pixel_k = _pixel(j_z, j_y, j_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+        met = (c_z < end_z) & (c_y < end_y) & (c_x < end_x)
+        met &= (c_z + CZ > start_z) & (c_y + CY > start_y) & (c_x + CX > start_x)
+        p_z, p_y, p_x = first_z + m_z, first_y + m_y, first_x + m_x
+        j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
+        pixel_q = _pixel(p_z, p_y, p_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+        pixel_k = _pixel(j_z, j_y, j_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+        visible = _visible(
+            p_z[:, None], p_y[:, None], p_x[:, None], j_z[None, :], j_y[None, :], j_x[None, :],
+            size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, True, True, True,
+        )  # fmt: skip
+        added = _added(bias, entry_k, visible, True, COMPILED)
+        # Tiles that do not meet the block have no images.
+        end = tl.where(on_map & met, images, 0)
+        for number in tl.range(tl.program_id(1) // columns, end, tl.num_programs(1) // columns, num_stages=STAGES):
+            image = tl.cast(number, tl.int64)
             inward = image * Z * Y * X * PITCH + head * D
             outward = image * Z * Y * X * (HEADS * D) + head * D
             statistics = (image * HEADS + head) * Z * Y * X + pixel_q
@@ -598,12 +616,6 @@ def backward_bias(
             values = _vectors(v + inward, pixel_k, PITCH, D, BLOCK_D)
             lse_q = tl.load(lse + statistics)
             delta_q = tl.load(delta + statistics)
-            visible = _visible(
-                p_z[:, None], p_y[:, None], p_x[:, None], j_z[None, :], j_y[None, :], j_x[None, :],
-                size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X,
-                True, True, True,
-            )  # fmt: skip
-            added = tl.where(visible, entries, float("-inf"))
             logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * factor + added
             p = tl.exp2(logits * LOG2E - lse_q[:, None])
             total += p * (tl.dot(incoming, tl.trans(values), input_precision=PRECISION) - delta_q[:, None])

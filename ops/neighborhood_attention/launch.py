@@ -47,12 +47,20 @@ class _Call:
         self.dtype, self.itemsize, self.compiled = query.dtype, query.element_size(), query.device.type == "cuda"
 
     def tile(self, kind: tiles.Kind) -> tiles.Tile:
-        fixed = _three(size if type(size) is int else tiles.UNKNOWN for size in self.sizes)
-        return tiles.tiled(kind, fixed, self.kernel, self.d, self.itemsize)
+        return tiles.tiled(kind, self._fixed(), self.kernel, self.d, self.itemsize)
+
+    def whole(self) -> tiles.Tile | None:
+        """How to launch the kernel whose blocks hold all keys; None where it cannot be."""
+        plain = all(side == 1 for side in self.stride)  # a stride lets windows reach further
+        return tiles.whole(self._fixed(), self.kernel, self.d, self.itemsize) if plain else None
+
+    def _fixed(self) -> tiles.Sides:
+        return _three(size if type(size) is int else tiles.UNKNOWN for size in self.sizes)
 
     def tile_counts(self, tile: tiles.Tile) -> tuple[int, int, int]:
-        """Tiles of all groups along each axis."""
-        each = zip(self.sizes, self.dilation, tile.tile, strict=True)
+        """Tiles of all groups along each axis; those of a stack count as one."""
+        sides = tile.tile[0], tile.tile[1] * tile.stack, tile.tile[2]
+        each = zip(self.sizes, self.dilation, sides, strict=True)
         return _three(dilation * -(-size // side) for size, dilation, side in each)
 
     def numbers(self, counts: Sequence[int]) -> tuple[Any, ...]:
@@ -96,12 +104,21 @@ def forward(
     out = query.new_empty((call.images, *space, call.heads, call.d))
     lse = query.new_empty((call.images, call.heads, *space), dtype=torch.float32)
     if out.numel():
-        tile = call.tile("forward")
+        whole = call.whole()
+        tile = call.tile("forward") if whole is None else whole
         counts = call.tile_counts(tile)
+        programs = call.heads * math.prod(counts)
         with gpu.on(query.device):
-            launchable(kernels.forward)[(call.images * call.heads * math.prod(counts),)](
-                *call.inputs, out, lse, *call.numbers(counts), **call.constants(tile)
-            )
+            if whole is None:
+                launchable(kernels.forward)[(call.images * programs,)](
+                    *call.inputs, out, lse, *call.numbers(counts), **call.constants(tile)
+                )
+            else:
+                shares = -(-gpu.multiprocessors(query.device) * tile.per_sm // programs)
+                shares = min(shares, call.images) if type(call.images) is int and type(shares) is int else shares
+                launchable(kernels.whole_forward)[(programs, shares)](
+                    *call.inputs, out, lse, *call.numbers(counts), call.images, STACK=tile.stack, **call.constants(tile)
+                )
     return out, lse
 
 
@@ -151,19 +168,27 @@ def _bias_gradient(call: _Call, grad_out: Tensor, lse: Tensor, delta: Tensor, gr
     counts = call.tile_counts(tile)
     begin, blocks = zip(*(_reach(call, tile, axis) for axis in range(3)), strict=True)
     pairs = call.heads * math.prod(blocks)
-    shares = max(1, gpu.multiprocessors(grad_out.device) * tile.per_sm // pairs)
+    columns, rows = _shares(math.prod(counts), gpu.multiprocessors(grad_out.device) * tile.per_sm // pairs)
     block = math.prod(tile.tile), math.prod(tile.block)
-    parts = lse.new_empty((shares, call.heads, math.prod(blocks), *block))
+    parts = lse.new_empty((columns * rows, call.heads, math.prod(blocks), *block))
     grid = {**_by_axis("FROM_", begin), "ROWS": blocks[1], "COLUMNS": blocks[2]}
-    launchable(kernels.backward_bias)[(pairs, shares)](
-        grad_out, *call.inputs, lse, delta, parts, *call.numbers(counts), call.images, **grid, **call.constants(tile)
-    )
+    launchable(kernels.backward_bias)[(pairs, columns * rows)](
+        grad_out, *call.inputs, lse, delta, parts, *call.numbers(counts), call.images, columns,
+        **grid, **call.constants(tile),
+    )  # fmt: skip
     total = parts.sum(0)
     entries = math.prod(2 * side - 1 for side in call.kernel)
     launchable(kernels.fold_bias)[(entries, call.heads)](
         total, grad_bias, PLANES=blocks[0], **grid,
         **_by_axis("K", call.kernel), **_by_axis("T", tile.tile), **_by_axis("C", tile.block),
     )  # fmt: skip
+
+
+def _shares(tiles: int, programs: int) -> tuple[int, int]:
+    """Into how many shares tiles and images are dealt for about so many programs: tiles first, their images if few."""
+    if type(tiles) is not int or tiles >= programs:
+        return max(1, programs), 1
+    return tiles, programs // tiles
 
 
 def _reach(call: _Call, tile: tiles.Tile, axis: int) -> tuple[int, int]:

@@ -31,7 +31,8 @@ class Tile:
         block: Places of a block that a tile meets at a time, likewise.
         warps: Warps of a program.
         stages: Loop iterations whose loads are in flight at once.
-        per_sm: Programs for each multiprocessor, of the kernel that loops over tiles.
+        per_sm: Programs for each multiprocessor, of kernels that loop over images.
+        stack: Tiles of a program, one below the other, of the kernels whose blocks hold all keys.
     """
 
     tile: Sides
@@ -39,6 +40,7 @@ class Tile:
     warps: int
     stages: int
     per_sm: int = 4
+    stack: int = 1
 
 
 def power_of_two(n: int) -> int:
@@ -62,6 +64,29 @@ def tiled(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Til
     shapes = itertools.product(_boxes(side), _boxes(side))
     tile, block = min(shapes, key=lambda shape: _cost(*shape, sizes, kernel, d))
     return Tile(tile, block, warps=side // 16, stages=2 if kind == "forward" and itemsize == 2 else 1)
+
+
+@lru_cache(maxsize=256)
+def whole(sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Tile | None:
+    """Tiles of 16 queries whose windows fit one block of at most 128 keys, a warp each; None if there are none."""
+    vectors = power_of_two(d) * itemsize
+    found: dict[Tile, float] = {}
+    for tile in _boxes(16):
+        reach = (min(side + more - 1, size) for side, more, size in zip(tile, kernel, sizes, strict=True))
+        z, y, x = (1 << (n - 1).bit_length() for n in reach)
+        block = (z, max(y, -(-16 // (z * x))), x)  # at least what a matrix unit takes
+        keys = math.prod(block)
+        for stack in (4, 2):
+            # Keys and values one after the other pass through shared memory, and stay below 64 KiB for two programs.
+            if itemsize == 2 and keys <= 128 and stack * keys * vectors <= 2**16:
+                grown = (tile[0], tile[1] * stack, tile[2])
+                found[Tile(tile, block, warps=stack, stages=1, per_sm=8, stack=stack)] = _waste(grown, sizes) * keys
+    return min(found, key=lambda tile: found[tile], default=None)
+
+
+def _waste(tile: Sides, sizes: Sides) -> float:
+    """Places of all tiles for each place of a group."""
+    return math.prod(-(-size // side) * side / size for size, side in zip(sizes, tile, strict=True))
 
 
 def _boxes(volume: int) -> list[Sides]:

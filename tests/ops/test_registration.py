@@ -24,6 +24,8 @@ WRITTEN = {
     "depthwise_conv 5": [["out"], ["parts"], ["out"]],
     "gelu_linear": [["grad_x", "hidden"]],
     "layer_norm": [["out"], ["grad_x", "parts"]],
+    "neighborhood_attention": [["lse", "out"], ["delta", "grad_q"], ["grad_k"], ["parts"], ["grad_bias"]],
+    "neighborhood_attention, whole": [["lse", "out"], ["delta", "grad_q"], ["grad_k"], ["parts"], ["grad_bias"]],
     "routing_attention": [["lse", "out"], ["delta", "grad_q"], ["sources", "starts"], ["grad_k"]],
     "routing_attention, weighted": [
         ["lse", "out"],

@@ -21,6 +21,7 @@ from vizoo.ops.channel_attention import function as channel
 from vizoo.ops.depthwise_conv import function as depthwise
 from vizoo.ops.gelu_linear import function as gelu
 from vizoo.ops.layer_norm import function as norm
+from vizoo.ops.neighborhood_attention import function as neighborhood
 from vizoo.ops.routing_attention import function as routing
 from vizoo.ops.routing_attention import region_affinity
 from vizoo.ops.window_attention import function as window
@@ -89,6 +90,11 @@ def regions(size: list[int], k: int, weighted: bool) -> Callable[..., Tensor]:
     return run
 
 
+def neighbors(dtype: torch.dtype) -> Callable[..., Tensor]:
+    sizes = [3, 5], [2, 1], [1, 1], [False, False]
+    return lambda qkv, bias: neighborhood._forward(qkv.to(dtype), None, None, bias, *sizes, 0.2)[0]
+
+
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
     gpu.on = lambda device: nullcontext()
@@ -106,6 +112,8 @@ def main() -> None:
         "routing_attention": (regions([2, 4], 2, False), leaves((2, 8, 12, 3, 2, d))),
         "routing_attention, weighted": (regions([2, 4], 2, True), leaves((2, 7, 10, 3, 2, d))),
         "routing_attention, dense": (regions([2, 2], 5, False), leaves((2, 8, 12, 3, 2, d))),
+        "neighborhood_attention": (neighbors(torch.float32), leaves((2, 9, 7, 3, 2, d), (2, 5, 9))),
+        "neighborhood_attention, whole": (neighbors(torch.float16), leaves((2, 9, 7, 3, 2, d), (2, 5, 9))),
         "layer_norm": (lambda x, w, b: norm._forward(x, w, b, 1e-5, torch.float16), leaves((2, n, 24), (24,), (24,))),
     }  # fmt: skip
     print(
