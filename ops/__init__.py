@@ -10,10 +10,15 @@ from .layer_norm import layer_norm
 from .neighborhood_attention import neighborhood_attention
 from .routing_attention import region_affinity, region_routes, routing_attention
 from .selective_scan import selective_scan
+from .selective_scan_2d import CONTINUOUS_ROUTES, ROW_AND_COLUMN_ROUTES, ROW_ROUTES, Route, selective_scan_2d
 from .state_space_dual import state_space_dual
 from .window_attention import window_attention
 
 __all__ = [
+    "CONTINUOUS_ROUTES",
+    "ROW_AND_COLUMN_ROUTES",
+    "ROW_ROUTES",
+    "Route",
     "channel_attention",
     "depthwise_conv",
     "explain",
@@ -24,6 +29,7 @@ __all__ = [
     "region_routes",
     "routing_attention",
     "selective_scan",
+    "selective_scan_2d",
     "state_space_dual",
     "use",
     "window_attention",
