@@ -27,7 +27,8 @@ What differs from the official code, and why:
 - The counts of batches that official batch norms save are ignored: nothing depends on them.
 
 The Swin-like layout (`swin_layout`) rounds odd sides down, as the official code does: its maps have floor(H / stride)
-rows where others of the zoo have ceil(H / stride).
+rows where others of the zoo have ceil(H / stride). A program exported with free sizes and traced on a large image holds
+for images with a side above 16 * n_win, so that no region of the third stage is a single position.
 """
 
 from __future__ import annotations
@@ -224,7 +225,7 @@ def _head_dims(keys: int, channels: int) -> list[int]:
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm of a map (B, C, H, W), whose count of batches, of which nothing depends, is in no checkpoint."""
+    """Batch norm of a map (B, C, H, W), whose count of batches, on which nothing depends, is in no checkpoint."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
