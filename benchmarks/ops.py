@@ -25,7 +25,15 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-from vizoo.ops import channel_attention, depthwise_conv, layer_norm, region_routes, routing_attention, window_attention
+from vizoo.ops import (
+    channel_attention,
+    depthwise_conv,
+    layer_norm,
+    neighborhood_attention,
+    region_routes,
+    routing_attention,
+    window_attention,
+)
 
 Pair = tuple[int, int]
 
@@ -103,6 +111,19 @@ ROUTED = {
 }
 """Inputs of routing attention: where they stand in a model; batch, side of the map, heads of 32 channels, regions on a
 side of the map, and how many of them each region attends to."""
+
+
+NEIGHBORHOODS = {
+    "nat_tiny stage 1": (128, (56, 56), 2, 32, 7, 1),
+    "nat_tiny stage 2": (128, (28, 28), 4, 32, 7, 1),
+    "nat_tiny stage 3": (128, (14, 14), 8, 32, 7, 1),
+    "dinat_tiny stage 1, dilation 8": (128, (56, 56), 2, 32, 7, 8),
+    "dinat_tiny stage 2, dilation 4": (128, (28, 28), 4, 32, 7, 4),
+    "dinat_tiny stage 3, dilation 2": (128, (14, 14), 8, 32, 7, 2),
+    "128 x 128, windows of 13": (2, (128, 128), 8, 64, 13, 1),
+    "256 x 256, windows of 13": (1, (256, 256), 8, 64, 13, 1),
+}
+"""Inputs of neighborhood attention: batch, map, heads, channels of a head, kernel size and dilation."""
 
 
 def eager_sdpa(
@@ -406,6 +427,72 @@ def measure_routing_attention(bandwidth: float, first: int | None, eager: bool) 
     return rows
 
 
+def flex_neighborhoods(space: Pair, kernel: int, dilation: int) -> Callable[[dict[str, Tensor]], Tensor]:
+    """FlexAttention with the same windows, over tokens row by row; it has no bias, which costs it time at best."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def near(i: Tensor, j: Tensor, length: int) -> Tensor:
+        group = i % dilation
+        size = (length - group + dilation - 1) // dilation
+        start = torch.minimum((i // dilation - kernel // 2).clamp(min=0), size - kernel)
+        return (j % dilation == group) & (j // dilation >= start) & (j // dilation < start + kernel)
+
+    def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        W = space[1]
+        return near(i // W, j // W, space[0]) & near(i % W, j % W, W)
+
+    n = space[0] * space[1]
+    blocks = torch.compile(create_block_mask)(mask, None, None, n, n, device="cuda")
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def run(tensors: dict[str, Tensor]) -> Tensor:
+        q, k, v = tensors["query"].flatten(1, 2).permute(2, 0, 3, 1, 4)
+        return compiled(q, k, v, block_mask=blocks).transpose(1, 2).unflatten(1, space)
+
+    return run
+
+
+def measure_neighborhood_attention(bandwidth: float, first: int | None, eager: bool) -> list[dict[str, Any]]:
+    """Neighborhood attention with a bias in float32 and all else in bfloat16, beside ways that have no bias."""
+
+    def dense(tensors: dict[str, Tensor]) -> Tensor:
+        q, k, v = tensors["query"].flatten(1, 2).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    rows = []
+    for name, (batch, space, heads, d, kernel, dilation) in list(NEIGHBORHOODS.items())[:first]:
+        query = torch.randn(batch, *space, 3, heads, d, device="cuda", dtype=torch.bfloat16)
+        bias = torch.randn(heads, 2 * kernel - 1, 2 * kernel - 1, device="cuda")
+        tensors = {"query": query.requires_grad_(), "bias": bias.requires_grad_()}
+        sizes = {"kernel_size": kernel, "dilation": dilation}
+
+        def ours(tensors: dict[str, Tensor], sizes: dict[str, int] = sizes) -> Tensor:
+            return neighborhood_attention(**tensors, **sizes, implementation="triton")
+
+        def plain(tensors: dict[str, Tensor], sizes: dict[str, int] = sizes) -> Tensor:
+            return neighborhood_attention(**tensors, **sizes, implementation="reference")
+
+        check(ours(tensors).float(), plain(tensors).float())
+        ways: Ways = {"vizoo": ours, "torch gather": plain, "sdpa dense": dense}
+        if not eager:
+            ways["flex compiled"] = flex_neighborhoods(space, kernel, dilation)
+            check(ways["flex compiled"](tensors).float(), ours({"query": tensors["query"]}).float())
+            ways["torch gather compiled"] = torch.compile(plain, dynamic=False)
+        part = query.nbytes / 3
+        for way, function in ways.items():
+            figures = measure(function, tensors)
+            shares = {
+                "forward_share": 4 * part / bandwidth / figures["forward_device_ms"] * 1e3,
+                # Backward reads the packed projection and the incoming gradient, and writes that of the projection.
+                "both_share": (4 + 7) * part / bandwidth / figures["both_device_ms"] * 1e3,
+            }
+            row = {"op": "neighborhood_attention", "name": name, "shape": (batch, *space, 3, heads, d), **sizes}
+            rows.append({**row, "implementation": way, **figures, **shares})
+            print(line(rows[-1]), flush=True)
+        torch.compiler.reset()
+    return rows
+
+
 Ways = dict[str, Callable[[dict[str, Tensor]], Tensor]]
 
 
@@ -443,6 +530,7 @@ OPERATORS = {
     "channel_attention": measure_channel_attention,
     "depthwise_conv": measure_depthwise_conv,
     "layer_norm": measure_layer_norm,
+    "neighborhood_attention": measure_neighborhood_attention,
     "routing_attention": measure_routing_attention,
     "window_attention": measure_window_attention,
 }
