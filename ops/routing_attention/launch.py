@@ -117,8 +117,10 @@ def forward(
 def _dense_forward(call: _Call, out: Tensor, lse: Tensor) -> None:
     tile = tiles.dense(int(call.regions * call.key_region), call.numbers[0], backward=False)
     programs, queries = call.images * call.heads, call.sizes[1] * call.sizes[2]
-    # As many programs share an image as give each multiprocessor two.
-    share = min(-(-queries // tile.queries), max(1, 2 * gpu.multiprocessors(out.device) // programs))
+    # As many programs share an image as give each multiprocessor two. A plain `min` would settle a free batch size.
+    share = torch.sym_min(
+        -(-queries // tile.queries), torch.sym_max(1, 2 * gpu.multiprocessors(out.device) // programs)
+    )
     launchable(kernels.dense_forward)[(programs, share)](
         *call.inputs, call.routes, out, lse, *call.sizes,
         BLOCK_SLOTS=tiles.power_of_two(call.slots), **call.constants(tile),
@@ -223,7 +225,10 @@ def _weights_gradient(call: _Call, parts: Tensor | None, weights: Tensor | None)
 
 
 def _pitched(x: Tensor) -> tuple[Tensor, int]:
-    """The map, and how far apart its positions lie in memory; a copy unless they lie evenly and the heads together."""
+    """The map, and how far apart its positions lie in memory; a copy unless they lie evenly and the heads together.
+
+    Offsets in an image have 32 bits.
+    """
     if x.ndim == 5:
         images, H, W, heads, d = x.shape
         pitch = x.stride(2)
@@ -233,7 +238,7 @@ def _pitched(x: Tensor) -> tuple[Tensor, int]:
             and (known(H == 1) or known(x.stride(1) == W * pitch))
             and (known(images == 1) or known(x.stride(0) == H * W * pitch))
         )
-        if even and not known(W == 1):
+        if even and not known(W == 1) and not known(H * W * pitch >= 2**31):
             return x, int(pitch)
     x = x.contiguous()
     return x, int(x.shape[3:].numel())
