@@ -11,6 +11,7 @@ from torch import Tensor
 from vizoo.ops import dispatch
 from vizoo.ops.tracing import known
 
+from .function import selective_scan_2d_triton, unsupported_reasons
 from .reference import selective_scan_2d_reference
 from .routes import CONTINUOUS_ROUTES, ROW_AND_COLUMN_ROUTES, ROW_ROUTES, Route
 
@@ -180,7 +181,7 @@ _OPERATOR = dispatch.Operator(
     name="selective_scan_2d",
     prepare=_prepare,
     reference=selective_scan_2d_reference,
-    triton=selective_scan_2d_reference,
-    unsupported=lambda **arguments: ["kernels follow"],
+    triton=selective_scan_2d_triton,
+    unsupported=unsupported_reasons,
 )
 dispatch.register(selective_scan_2d, _OPERATOR)

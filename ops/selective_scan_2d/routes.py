@@ -10,6 +10,9 @@ from torch import Tensor
 START, RIGHT, LEFT, UP, DOWN = range(5)
 """Directions of the step by which a route came to a pixel; the first pixel has none."""
 
+COLUMNS, REVERSE, CONTINUOUS = 1, 2, 4
+"""Bits of a route's code, as operators of torch and kernels take it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
@@ -24,6 +27,16 @@ class Route:
     columns: bool = False
     reverse: bool = False
     continuous: bool = False
+
+    @classmethod
+    def of(cls, code: int) -> Route:
+        """The route of a code."""
+        return cls(columns=code & COLUMNS != 0, reverse=code & REVERSE != 0, continuous=code & CONTINUOUS != 0)
+
+    @property
+    def code(self) -> int:
+        """The route as a number."""
+        return COLUMNS * self.columns + REVERSE * self.reverse + CONTINUOUS * self.continuous
 
     def pixels(self, H: int, W: int, device: torch.device | str | None = None) -> Tensor:
         """Number of the pixel at each step, counted row after row, (H * W,)."""

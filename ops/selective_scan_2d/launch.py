@@ -1,0 +1,250 @@
+"""Allocates what the kernels of the selective scan over routes write and launches them. Imports triton."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vizoo.ops import gpu
+from vizoo.ops.registration import launchable, register_flops
+from vizoo.ops.tracing import known
+
+from . import kernels, tiles
+from .function import FLOPS, Arguments
+from .routes import COLUMNS, CONTINUOUS, REVERSE, Route
+
+register_flops(FLOPS)
+
+DIRECTIONS = 5
+
+
+class _Map(NamedTuple):
+    """A map as kernels read it: its pixels at equal distances, the numbers of a pixel (and route) side by side."""
+
+    data: Tensor
+    image: int
+    pixel: int
+    route: int = 0
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return (self.image, self.pixel, self.route) if self.data.ndim == 5 else (self.image, self.pixel)
+
+
+def _pitched(tensor: Tensor) -> _Map:
+    """The tensor itself where kernels can read it, else a copy."""
+    row, pixel, *route, last = tensor.stride()[1:]
+    side_by_side = known(last == 1) or known(tensor.shape[-1] == 1)
+    if side_by_side and known(row == tensor.shape[2] * pixel):
+        return _Map(tensor, tensor.stride(0), pixel, *route)
+    _, H, W, *_, n = tensor.shape
+    pixel = n * tensor.shape[3] if tensor.ndim == 5 else n
+    return _Map(tensor.contiguous(), H * W * pixel, pixel, *((n,) if tensor.ndim == 5 else ()))
+
+
+class _Call:
+    """What all kernels of one call share, worked out once."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        x, delta, A, B, C, D, weight, bias, direction_B, codes, softplus, routed, _ = arguments
+        self.codes = [int(code) for code in codes]
+        self.x, self.delta, self.B, self.C = (_pitched(tensor) for tensor in (x, delta, B, C))
+        self.A, self.D, self.weight, self.bias, self.direction_B = (
+            None if tensor is None else tensor.contiguous() for tensor in (A, D, weight, bias, direction_B)
+        )
+        self.images, self.H, self.W, self.d = x.shape
+        self.N, self.K = int(A.shape[-1]), len(self.codes)
+        self.R = 0 if weight is None else int(weight.shape[-1])
+        self.states = tiles.states(int(self.d))
+        self.tiles = -(-(self.H * self.W) // self.states.tokens)
+        self.constants = {
+            "K": self.K,
+            "N": self.N,
+            "R": self.R,
+            "RP": tiles.power_of_two(max(1, self.R)),
+            "T": self.states.tokens,
+            "SOFTPLUS": softplus,
+            "ROUTED": routed,
+            "num_warps": 1,
+        }
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return self.H, self.W, self.d, self.tiles
+
+    def blocks(self, tile: tiles.Tile) -> int:
+        return -(-self.d // tile.channels)
+
+    def programs(self, tile: tiles.Tile) -> int:
+        """Programs for each block of channels, of the kernels that take tiles in turn."""
+        enough = tile.per_sm * gpu.multiprocessors(self.x.data.device) // self.blocks(tile)
+        return min(self.images * self.tiles, max(1, enough))
+
+    def groups(self) -> Iterator[tuple[int, int, int]]:
+        """Launches: a route, its reverse (-1 where there is none), and the code of their order."""
+        for order in dict.fromkeys(code & ~REVERSE for code in self.codes):
+            forth = [k for k, code in enumerate(self.codes) if code == order]
+            back = [k for k, code in enumerate(self.codes) if code == order | REVERSE]
+            for a, b in zip_longest(forth, back, fillvalue=-1):
+                yield a, b, order
+
+
+def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The merged map, and the states before tiles."""
+    call, dtype = _Call(arguments), arguments[-1]
+    x = call.x.data
+    out = x.new_empty(x.shape, dtype=dtype)
+    with gpu.on(x.device):
+        states = _states(call, call.x, call.B, call.direction_B, adjoint=False)
+        groups = list(call.groups())
+        # Halves would be rounded once for each launch.
+        between = out if dtype == torch.float32 or len(groups) == 1 else torch.empty_like(out, dtype=torch.float32)
+        for place, group in enumerate(groups):
+            into = out if place == len(groups) - 1 else between
+            _outputs(call, states, between if place else None, into, group)
+    return out, states
+
+
+def _states(call: _Call, x: _Map, B: _Map, direction_B: Tensor | None, adjoint: bool) -> Tensor:
+    """States before tiles, (B, K, tiles, N, d), or with `adjoint` those of their gradients."""
+    device, tile = x.data.device, call.states
+    out = x.data.new_empty((call.images, call.K, call.tiles, call.N, call.d), dtype=torch.float32)
+    if not call.images:
+        return out
+    sequences = call.images * call.K * call.N * call.blocks(tile)
+    segments = tiles.segments(sequences, call.tiles, tile.per_sm * gpu.multiprocessors(device))
+    ends = None, None
+    if segments > 1:
+        shape = (call.images, call.K, segments, call.N, call.d)
+        ends = x.data.new_empty(shape, dtype=torch.float32), x.data.new_empty(shape, dtype=torch.float32)
+    codes = sum(code << 3 * k for k, code in enumerate(call.codes))
+    for aggregate in (True, False) if segments > 1 else (False,):
+        launchable(kernels.states)[(sequences * segments,)](
+            x.data, call.delta.data, call.weight, call.bias, call.A, B.data, direction_B, *ends, out,
+            *call.sizes, segments, *x.strides, *call.delta.strides, *B.strides,
+            CODES=codes, ADJOINT=adjoint, AGGREGATE=aggregate, C=tile.channels, **call.constants,
+        )  # fmt: skip
+    return out
+
+
+def _outputs(call: _Call, states: Tensor, earlier: Tensor | None, out: Tensor, group: tuple[int, int, int]) -> None:
+    tile = tiles.outputs(int(call.d))
+    if not call.images:
+        return
+    forth, back, order = group
+    launchable(kernels.outputs)[(call.programs(tile) * call.blocks(tile),)](
+        call.x.data, call.delta.data, call.weight, call.bias, call.A, call.B.data, call.C.data, call.D,
+        call.direction_B, states, earlier, out,
+        *call.sizes, call.images, *call.x.strides, *call.delta.strides, *call.B.strides, *call.C.strides,
+        FORTH=forth, BACK=back, COLUMNS=order & COLUMNS != 0, CONTINUOUS=order & CONTINUOUS != 0,
+        C=tile.channels, **call.constants,
+    )  # fmt: skip
+
+
+def backward(grad_out: Tensor, states: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of all tensors in their order; empty for those that there are not."""
+    call = _Call(arguments)
+    x, grad_out = call.x.data, grad_out.contiguous()
+    tile = tiles.gradients(int(call.d))
+    programs, blocks, M = call.programs(tile), call.blocks(tile), call.R + 2 * call.N
+    pixels = (call.images, call.H, call.W)
+    grad_x = x.new_empty(x.shape)
+    grad_delta = None
+    if call.weight is None:
+        grad_delta = arguments[1].new_empty((*pixels, call.K, call.d))
+    token_parts = x.new_empty((blocks, *pixels, call.K, M), dtype=torch.float32)
+    parameter_parts = x.new_empty((programs, call.K, call.d, call.R + call.N + 2), dtype=torch.float32)
+    with gpu.on(x.device):
+        adjoints = _states(call, _pitched(grad_out), call.C, None, adjoint=True)
+        groups = list(call.groups())
+        single = x.dtype == torch.float32 or len(groups) == 1
+        between = grad_x if single else torch.empty_like(grad_x, dtype=torch.float32)
+        for place, group in enumerate(groups):
+            into = grad_x if place == len(groups) - 1 else between
+            _gradients(
+                call, tile, grad_out, states, adjoints, between if place else None, into, grad_delta,
+                token_parts, parameter_parts, group,
+            )  # fmt: skip
+    return _assembled(call, arguments, grad_x, grad_delta, token_parts.sum(0), parameter_parts.sum(0))
+
+
+def _gradients(
+    call: _Call,
+    tile: tiles.Tile,
+    grad_out: Tensor,
+    states: Tensor,
+    adjoints: Tensor,
+    earlier: Tensor | None,
+    grad_x: Tensor,
+    grad_delta: Tensor | None,
+    token_parts: Tensor,
+    parameter_parts: Tensor,
+    group: tuple[int, int, int],
+) -> None:
+    if not call.images:
+        return
+    forth, back, order = group
+    weight = call.weight
+
+    def precision(*tensors: Tensor | None) -> str:
+        """Rounding products to 11 bits is no more than a half's own rounding."""
+        exact = any(tensor is not None and tensor.dtype == torch.float32 for tensor in tensors)
+        return "tf32x3" if exact else "tf32"
+
+    launchable(kernels.gradients)[(call.programs(tile) * call.blocks(tile),)](
+        grad_out, call.x.data, call.delta.data, weight, call.bias, call.A, call.B.data, call.C.data, call.D,
+        call.direction_B, states, adjoints, earlier, grad_x, grad_delta, token_parts, parameter_parts,
+        *call.sizes, call.images, *call.x.strides, *call.delta.strides, *call.B.strides, *call.C.strides,
+        FORTH=forth, BACK=back, COLUMNS=order & COLUMNS != 0, CONTINUOUS=order & CONTINUOUS != 0,
+        NP=tiles.power_of_two(call.N, 1), MP=tiles.power_of_two(call.R + 2 * call.N), C=tile.channels,
+        TOKEN_PRECISION=precision(call.delta.data, call.B.data, call.C.data),
+        WEIGHT_PRECISION=precision(weight, call.bias), **call.constants,
+    )  # fmt: skip
+
+
+def _assembled(
+    call: _Call,
+    arguments: Arguments,
+    grad_x: Tensor,
+    grad_delta: Tensor | None,
+    tokens: Tensor,
+    parameters: Tensor,
+) -> tuple[Tensor, ...]:
+    """Gradients in the order and dtypes of their tensors from sums over channels, and from those over tokens."""
+    _, delta, A, B, C, D, weight, bias, direction_B, *_ = arguments
+    R, N = call.R, call.N
+
+    def part(tensor: Tensor | None, total: Tensor) -> Tensor:
+        return grad_x.new_empty(0) if tensor is None else total.to(tensor.dtype, copy=True)
+
+    by_delta = part(delta, tokens[..., :R]) if grad_delta is None else grad_delta
+    by_direction = None if direction_B is None else _by_direction(call, tokens[..., R : R + N], arguments[-2])
+    return (
+        grad_x,
+        by_delta,
+        part(A, parameters[..., R + 1 : R + 1 + N]),
+        part(B, tokens[..., R : R + N]),
+        part(C, tokens[..., R + N :]),
+        part(D, parameters[..., R + 1 + N]),
+        part(weight, parameters[..., :R]),
+        part(bias, parameters[..., R]),
+        part(direction_B, tokens if by_direction is None else by_direction),
+    )
+
+
+def _by_direction(call: _Call, grad_B: Tensor, routed: bool) -> Tensor:
+    """Gradient of B, (B, H, W, K, N), summed by the directions of the steps: (5, N)."""
+    grad_B = grad_B.sum(0).flatten(0, 1)  # (L, K, N)
+    total = grad_B.new_zeros(DIRECTIONS, call.N)
+    for k, code in enumerate(call.codes):
+        route = Route.of(code)
+        direction = route.directions(call.H, call.W, grad_B.device)
+        if routed:
+            direction = direction[route.pixels(call.H, call.W, grad_B.device).argsort()]
+        chosen = direction == torch.arange(DIRECTIONS, device=grad_B.device)[:, None]
+        total = total + chosen.to(grad_B.dtype) @ grad_B[:, k]
+    return total

@@ -1,0 +1,55 @@
+"""Launch parameters of the kernels of the selective scan over routes.
+
+Chosen by reasoning, not yet by measurement: see the README's account of instructions and bytes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MAX_SEGMENTS = 64
+"""Segments of a sequence at most: each program walks through the ends of those before its own."""
+
+
+class Tile(NamedTuple):
+    """How a kernel is launched.
+
+    Attributes:
+        tokens: Tokens of a tile, a power of two of at least 16, the least a matrix unit takes. All kernels of a call
+            share it, for states are kept between tiles.
+        channels: Channels of a block, a power of two; 32 and more keep the tokens of a tile within a thread.
+        per_sm: Programs for each multiprocessor that are worth having.
+    """
+
+    tokens: int
+    channels: int
+    per_sm: int
+
+
+def _channels(d: int) -> int:
+    return 32 if d > 16 else 16
+
+
+def states(d: int) -> Tile:
+    """Tile of the kernel of the states before tiles, which walks along sequences: few programs, with work to each."""
+    return Tile(16, _channels(d), per_sm=8)
+
+
+def outputs(d: int) -> Tile:
+    """Tile of the kernel of outputs, whose programs take tiles in turn."""
+    return Tile(16, _channels(d), per_sm=48)
+
+
+def gradients(d: int) -> Tile:
+    """Tile of the kernel of gradients. Each program leaves sums for all parameters of its channels."""
+    return Tile(16, _channels(d), per_sm=16)
+
+
+def segments(programs: int, tiles: int, wanted: int) -> int:
+    """Into how many segments sequences are cut, so that about so many programs run; 8 tiles to a segment at least."""
+    return max(1, min(MAX_SEGMENTS, tiles // 8, wanted // programs))
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """Smallest power of two that is at least n, and at least the least that a matrix unit takes."""
+    return max(least, 1 << (n - 1).bit_length())
