@@ -76,7 +76,9 @@ def selective_scan_triton(
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     tensors = [tensor for tensor in inputs if tensor is not None]
     differentiate = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    arguments = (*inputs, softplus, reverse, return_state, differentiate, dtype)
+    together = known(u.stride(2) == 1)
+    tokens = tiles.tokens(u.shape[2], A.shape[1], together)
+    arguments = (*inputs, softplus, reverse, return_state, differentiate, tokens, dtype)
     if not gpu.unwatched(*tensors) or (differentiate and return_state):
         out, last, _ = _forward(*arguments)
         return out, last
@@ -123,15 +125,16 @@ def _forward_like(
     reverse: bool,
     return_state: bool,
     keep: bool,
+    tokens: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, last state, and the states at the starts of tiles if they are to be kept for the backward pass."""
     batch, channels, length = u.shape
     states = A.shape[1]
-    tokens = tiles.backward(u, delta, B).tokens
+    last = u.new_empty((batch, states, channels) if return_state else (0, 0, 0), dtype=torch.float32)
     return (
         empty_like(u, dtype),
-        u.new_empty((batch, channels, states) if return_state else 0, dtype=torch.float32),
+        last.transpose(1, 2),
         u.new_empty((batch, -(-length // tokens), states, channels) if keep else 0, dtype=torch.float32),
     )
 
@@ -151,28 +154,32 @@ def _backward_like(
     states: Tensor,
     softplus: bool,
     reverse: bool,
+    tokens: int,
 ) -> tuple[Tensor, ...]:
     def like(tensor: Tensor | None) -> Tensor:
         return u.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
 
+    by_B, by_C = empty_map_like(B, 1)[0], empty_map_like(B, 1)[0]
+    start = None if initial_state is None else initial_state.new_empty(initial_state.transpose(1, 2).shape)
     return (
-        empty_like(u), empty_like(delta), like(A), map_like(B), map_like(C), like(D),
-        like(z) if z is None else empty_like(z), like(delta_bias), like(initial_state),
+        empty_like(u), empty_like(u, delta.dtype), like(A), by_B.to(B.dtype), by_C.to(C.dtype), like(D),
+        like(z) if z is None else empty_like(u, z.dtype), like(delta_bias),
+        like(start) if start is None else start.transpose(1, 2),
     )  # fmt: skip
 
 
-def map_like(tensor: Tensor) -> Tensor:
-    """Memory for a map (B, G, N, L): states lie together if they do in `tensor`, else tokens."""
+def empty_map_like(tensor: Tensor, copies: int) -> Tensor:
+    """Memory for maps (copies, B, G, N, L) in float32: tokens lie together if they do in `tensor`, else states."""
     batch, groups, states, length = tensor.shape
     if known(tensor.stride(3) == 1):
-        return tensor.new_empty((batch, groups, states, length))
-    return tensor.new_empty((batch, length, groups, states)).permute(0, 2, 3, 1)
+        return tensor.new_empty((copies, batch, groups, states, length), dtype=torch.float32)
+    return tensor.new_empty((copies, batch, length, groups, states), dtype=torch.float32).permute(0, 1, 3, 4, 2)
 
 
 _forward = kernel_operator(
     "vizoo::selective_scan",
     "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
-    " Tensor? initial_state, bool softplus, bool reverse, bool return_state, bool keep, ScalarType dtype)"
+    " Tensor? initial_state, bool softplus, bool reverse, bool return_state, bool keep, int tokens, ScalarType dtype)"
     " -> (Tensor, Tensor, Tensor)",
     _launch_forward,
     _forward_like,
@@ -180,7 +187,7 @@ _forward = kernel_operator(
 _backward = kernel_operator(
     "vizoo::selective_scan_backward",
     "(Tensor? grad_out, Tensor? grad_last, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z,"
-    " Tensor? delta_bias, Tensor? initial_state, Tensor states, bool softplus, bool reverse)"
+    " Tensor? delta_bias, Tensor? initial_state, Tensor states, bool softplus, bool reverse, int tokens)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _launch_backward,
     _backward_like,
@@ -188,13 +195,13 @@ _backward = kernel_operator(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.softplus, ctx.reverse, ctx.return_state, _, _ = inputs
+    *tensors, ctx.softplus, ctx.reverse, ctx.return_state, _, ctx.tokens, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, grad_out: Tensor | None, grad_last: Tensor | None = None, _: Any = None) -> tuple[Any, ...]:
-    none = (None,) * 14
+    none = (None,) * 15
     if not ctx.return_state:
         grad_last = None  # of a tensor without numbers
     if grad_out is None and grad_last is None:
@@ -204,7 +211,7 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_last: Tensor | None = Non
     # Where gradients are to be differentiated again, the registered operator is there to say that it cannot.
     direct = not torch.is_grad_enabled() and gpu.unwatched(*looked_at)
     run = _launch_backward if direct else _backward
-    gradients = run(grad_out, grad_last, *saved, ctx.softplus, ctx.reverse)
+    gradients = run(grad_out, grad_last, *saved, ctx.softplus, ctx.reverse, ctx.tokens)
     wanted = zip(gradients, ctx.needs_input_grad, strict=False)
     return (*(gradient if asked else None for gradient, asked in wanted), *none[9:])
 

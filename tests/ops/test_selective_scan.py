@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vizoo.ops import selective_scan
-from vizoo.ops.selective_scan import reference
+from vizoo.ops.selective_scan import reference, tiles
 
 Tensors = dict[str, Tensor]
 OPTIONAL = ("D", "z", "delta_bias", "initial_state")
@@ -194,3 +194,22 @@ def test_state_carries_on(reverse: bool) -> None:
     expected, last = selective_scan(**tensors, softplus=True, reverse=reverse, return_state=True)
     torch.testing.assert_close(torch.cat(outs[::-1] if reverse else outs, -1), expected)
     torch.testing.assert_close(state, last)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that the interpreter gets through in time: few tokens, and channels of which the last are not there."""
+    monkeypatch.setattr(tiles, "tokens", lambda length, states, together: 8)
+    monkeypatch.setattr(tiles, "forward", lambda *sizes: tiles.Tile(4, warps=1))
+    monkeypatch.setattr(tiles, "backward", lambda *sizes: tiles.Tile(2, warps=1))
+
+
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_kernels_on_small_tiles(case: Case, dtype: torch.dtype, device: torch.device, checks: Any) -> None:
+    plain = case.call("reference")
+    checks.factor_two(case.call("triton"), plain, plain, case.tensors(dtype, device))

@@ -1,0 +1,238 @@
+"""Allocates what the selective scan's kernels write and launches them. Imports triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vizoo.ops import gpu
+from vizoo.ops.registration import launchable
+from vizoo.ops.tracing import known
+
+from . import kernels, tiles
+from .function import empty_like, empty_map_like
+
+MAX_STRIDE = 2**20
+"""Between neighbouring tokens: offsets within a tile have 32 bits."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a scan is cut for programs, and what all kernels are told of its sizes.
+
+    Attributes:
+        batch: Sequences.
+        length: Tokens of each.
+        tiles: Tiles of each.
+        tiles_each: Tiles of a split.
+        splits: Splits of a sequence.
+        constants: What kernels are compiled for.
+        warps: Warps of a program.
+    """
+
+    batch: int
+    length: int
+    tiles: int
+    tiles_each: int
+    splits: int
+    constants: dict[str, Any]
+    warps: int
+
+    @property
+    def programs(self) -> tuple[int]:
+        return (self.batch * self.splits * self.constants["GROUPS"] * self.constants["BLOCKS"],)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        return self.length, self.tiles, self.tiles_each, self.splits
+
+
+def forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    softplus: bool,
+    reverse: bool,
+    return_state: bool,
+    keep: bool,
+    tokens: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output; last state, empty unless asked for; states at the starts of tiles, empty unless they are to be kept."""
+    u, delta, B, C, z = _near(u), _near(delta), _near(B), _near(C), None if z is None else _near(z)
+    out = empty_like(u, dtype)
+    batch, channels, _ = u.shape
+    states = A.shape[1]
+    last = u.new_empty((batch, states, channels) if return_state else (0, 0, 0), dtype=torch.float32)
+    flags = {"SOFTPLUS": softplus, "REVERSE": reverse}
+    grid = _grid(tiles.forward, u, A, B, tokens, flags, (u, delta, z, out), (B, C))
+    kept = u.new_empty((batch, grid.tiles, states, channels) if keep else 0, dtype=torch.float32)
+    A, D, bias, start = _contiguous(A), _contiguous(D), _contiguous(bias), _row(initial_state)
+    if not out.numel():
+        return out, last.transpose(1, 2), kept
+    with gpu.on(u.device):
+        if grid.splits > 1:
+            start = _split_starts(grid, start, A, (u, delta, B, None, bias), backward=False)
+        launchable(kernels.forward)[grid.programs](
+            u, delta, A, B, C, D, z, bias, start, out, last if return_state else None, kept if keep else None,
+            *grid.sizes, *_strides(u, delta, z, out), *B.stride(), *C.stride(),
+            **grid.constants, num_warps=grid.warps,
+        )  # fmt: skip
+    return out, last.transpose(1, 2), kept
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_last: Tensor | None,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    kept: Tensor,
+    softplus: bool,
+    reverse: bool,
+    tokens: int,
+) -> tuple[Tensor, ...]:
+    """Gradients of all tensors from `u` to `initial_state`; empty for those that are None.
+
+    Programs write their sums side by side, and torch adds them up: one order, no atomics.
+    """
+    grad_out = torch.zeros_like(u) if grad_out is None else _near(grad_out)
+    u, delta, B, C, z = _near(u), _near(delta), _near(B), _near(C), None if z is None else _near(z)
+    grad_u, grad_delta = empty_like(u), empty_like(u, delta.dtype)
+    grad_z = None if z is None else empty_like(u, z.dtype)
+    flags = {"SOFTPLUS": softplus, "REVERSE": reverse}
+    grid = _grid(tiles.backward, u, A, B, tokens, flags, (u, delta, z, grad_out, grad_u), (B, C))
+    parts = _Parts(u, A, B, grid, D is not None, bias is not None, initial_state is not None)
+    if u.numel():
+        A_, D_, bias_, flows = _contiguous(A), _contiguous(D), _contiguous(bias), _row(grad_last)
+        with gpu.on(u.device):
+            if grid.splits > 1:
+                flows = _split_starts(grid, flows, A_, (grad_out, delta, C, z, bias_), backward=True)
+            launchable(kernels.backward)[grid.programs](
+                grad_out, u, delta, A_, B, C, D_, z, bias_, kept, flows,
+                grad_u, grad_delta, grad_z, parts.B, parts.C, parts.A, parts.D, parts.bias, parts.start,
+                *grid.sizes, *_strides(grad_out, u, delta, z, grad_u), *B.stride(), *C.stride(), *parts.B.stride(),
+                **grid.constants, num_warps=grid.warps,
+            )  # fmt: skip
+    none = u.new_empty(0)
+    return (
+        grad_u, grad_delta, parts.A.sum((0, 1)).t().contiguous().to(A.dtype),
+        parts.B.sum(0).to(B.dtype), parts.C.sum(0).to(C.dtype),
+        none if D is None or parts.D is None else parts.D.sum((0, 1)).to(D.dtype),
+        u.new_empty(0) if grad_z is None else grad_z,
+        u.new_empty(0) if bias is None or parts.bias is None else parts.bias.sum((0, 1)).to(bias.dtype),
+        u.new_empty(0) if initial_state is None or parts.start is None
+        else parts.start.transpose(1, 2).to(initial_state.dtype),
+    )  # fmt: skip
+
+
+class _Parts:
+    """Memory for sums of programs, whose totals are the gradients of what several programs read."""
+
+    def __init__(self, u: Tensor, A: Tensor, B: Tensor, grid: Grid, D: bool, bias: bool, start: bool) -> None:
+        batch, channels, _ = u.shape
+        blocks, states = grid.constants["BLOCKS"], A.shape[1]
+        # One memory order for both, so that programs have to know of one.
+        self.B, self.C = (empty_map_like(B, blocks) for _ in range(2))
+        rows = batch, grid.splits
+        make = torch.empty if u.numel() else torch.zeros
+        options = {"dtype": torch.float32, "device": u.device}
+        self.A = make((*rows, states, channels), **options)
+        self.D = make((*rows, channels), **options) if D else None
+        self.bias = make((*rows, channels), **options) if bias else None
+        self.start = make((batch, states, channels), **options) if start else None
+
+
+def _grid(
+    choose: Any, u: Tensor, A: Tensor, B: Tensor, tokens: int, flags: dict[str, bool],
+    sequences: Sequence[Tensor | None], maps: Sequence[Tensor],
+) -> Grid:  # fmt: skip
+    batch, channels, length = u.shape
+    groups, states = int(B.shape[1]), int(A.shape[1])  # kernels are compiled for them: a tracer has to settle on them
+    each = int(channels) // groups
+    tile = choose(tokens, states, each)
+    blocks, count = -(-each // tile.channels), -(-length // tokens)
+    splits = 1
+    if isinstance(batch, int) and isinstance(length, int) and batch:
+        splits = tiles.splits(batch * groups * blocks, count, gpu.multiprocessors(u.device))
+    tiles_each = -(-count // splits)
+    constants = {
+        "GROUPS": groups, "EACH": each, "BLOCKS": blocks, "N": states,
+        "T": tokens, "BLOCK_N": 1 << (states - 1).bit_length(), "BLOCK_C": tile.channels,
+        "ALIGN": _alignment(sequences, maps), **flags,
+    }  # fmt: skip
+    return Grid(batch, length, count, tiles_each, -(-count // tiles_each), constants, tile.warps)
+
+
+def _split_starts(
+    grid: Grid,
+    start: Tensor | None,
+    A: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    backward: bool,
+) -> Tensor:
+    """What flows into each split, (batch, splits, N, channels): a pass over all of them, and one over their sums."""
+    x, delta, M, z, bias = tensors
+    states, channels = A.shape[1], A.shape[0]
+    ends = x.new_empty((grid.batch, grid.splits, states, channels), dtype=torch.float32)
+    sums = x.new_empty((grid.batch, grid.splits, channels), dtype=torch.float32)
+    launchable(kernels.split_ends)[grid.programs](
+        x, delta, A, M, z, bias, ends, sums, *grid.sizes, *_strides(x, delta, z), *M.stride(),
+        **grid.constants, BACKWARD=backward, num_warps=grid.warps,
+    )  # fmt: skip
+    block = grid.constants["BLOCK_C"]
+    launchable(kernels.split_starts)[(grid.batch * -(-channels // block),)](
+        ends, sums, A, start, grid.splits,
+        CHANNELS=int(channels), N=int(states), BLOCK_N=grid.constants["BLOCK_N"], BLOCK_C=block,
+        BACKWARD=backward, num_warps=grid.warps,
+    )  # fmt: skip
+    return ends
+
+
+def _near(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy in one piece where its numbers lie further apart than offsets reach."""
+    return tensor if all(not known(stride > MAX_STRIDE) for stride in tensor.stride()[-1:]) else tensor.contiguous()
+
+
+def _strides(*tensors: Tensor | None) -> list[int]:
+    return [stride for tensor in tensors for stride in ((0, 0, 0) if tensor is None else tensor.stride())]
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _row(state: Tensor | None) -> Tensor | None:
+    """A state (B, D, N) as kernels keep it, (B, N, D) in float32."""
+    return None if state is None else state.transpose(1, 2).to(torch.float32).contiguous()
+
+
+def _alignment(sequences: Sequence[Tensor | None], maps: Sequence[Tensor]) -> int:
+    """A power of two that divides all distances between rows of tokens, where tokens lie together; else 1.
+
+    Compilers find out about 16 by themselves.
+    """
+    tensors = [tensor for tensor in (*sequences, *maps) if tensor is not None]
+    if not all(known(tensor.stride(-1) == 1) for tensor in tensors):
+        return 1
+    numbers = {tensors[0].shape[-1], *(stride for tensor in tensors for stride in tensor.stride()[:-1])}
+    for align in (8, 4, 2):
+        if all(known(number % align == 0) for number in numbers):
+            return align
+    return 1
