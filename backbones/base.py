@@ -296,6 +296,23 @@ class Backbone(nn.Module):
         """The norm between the last stage and the pooling."""
         raise NotImplementedError(f"{type(self).__name__} must implement normalize()")
 
+    def to_map(self, x: Tensor, sides: Sequence[int]) -> Tensor:
+        """What `stage` or `normalize` gave for an image of these sides, as a map in the family's layout.
+
+        Families whose stages hold more than a map, a class token for instance, leave it out here.
+        """
+        del sides  # of a map they are known
+        return x
+
+    def adapt_checkpoint(self, state: dict[str, Tensor]) -> dict[str, str]:
+        """Fit entries of a checkpoint in our names to this model's configuration, in place; position tables, mostly.
+
+        Returns:
+            What was done, by name of the entry.
+        """
+        del state
+        return {}
+
     def make_output_norm(self, channels: int) -> nn.Module:
         """A norm for a dense version's output map, in the family's layout."""
         return LayerNorm(channels, keep_float32=True)
@@ -316,7 +333,7 @@ class Backbone(nn.Module):
             ValueError: The input is not such an image, or an index is out of range.
         """
         wanted = self.stage_indices(indices, len(self.stages) if not self.features_only else self.built_stages)
-        return [self._to_nchw(x) for _, x in self._walk(x, wanted)]
+        return [self._to_nchw(self.to_map(y, x.shape[2:])) for _, y in self._walk(x, wanted)]
 
     def _walk(self, x: Tensor, wanted: Sequence[int]) -> list[tuple[int, Tensor]]:
         self._check_input(x)
@@ -356,7 +373,8 @@ class Backbone(nn.Module):
         """Logits (B, num_classes); with `features_only` a list of maps, normalised if the version has output norms."""
         if not self.features_only:
             return self.forward_head(self.forward_features(x))
-        return [self._to_nchw(self._output_norm(index)(x)) for index, x in self._walk(x, self.out_indices)]
+        found = ((index, self.to_map(y, x.shape[2:])) for index, y in self._walk(x, self.out_indices))
+        return [self._to_nchw(self._output_norm(index)(y)) for index, y in found]
 
     def forward_intermediates(
         self,
@@ -397,7 +415,7 @@ class Backbone(nn.Module):
         walk = self._walk(x, wanted if intermediates_only or last in wanted else [*wanted, last])
         maps = [self.normalize(y) if norm and i == last else y for i, y in walk if i in wanted]
         convert = self._to_nchw if output_fmt == "NCHW" else self._to_nhwc
-        maps = [convert(y) for y in maps]
+        maps = [convert(self.to_map(y, x.shape[2:])) for y in maps]
         return maps if intermediates_only else (self.normalize(walk[-1][1]), maps)
 
     def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:

@@ -168,6 +168,7 @@ def _adapt(
     report: LoadReport,
 ) -> None:
     """Resize what differs because the model was made with other channels, windows or classes."""
+    report.adapted |= model.adapt_checkpoint(state)
     stem = f"{model.stem_name}.weight"
     for key in [k for k in state if k in target and state[k].shape != target[k].shape]:
         have, want = state[key], target[key]

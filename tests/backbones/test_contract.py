@@ -130,7 +130,7 @@ def test_forward_intermediates(family: str) -> None:
     torch.testing.assert_close(final, model.forward_features(x))
     torch.testing.assert_close(maps, [want[0], want[-1]])
     (nhwc,) = model.forward_intermediates(x, 1, norm=True, output_fmt="NHWC", intermediates_only=True)
-    torch.testing.assert_close(nhwc, model._to_nhwc(final))
+    torch.testing.assert_close(nhwc, model._to_nhwc(model.to_map(final, x.shape[2:])))
     early = model.forward_intermediates(x, [1], stop_early=True, intermediates_only=True)
     torch.testing.assert_close(early, [want[1]])
     with pytest.raises(ValueError, match="output_fmt must be 'NCHW' or 'NHWC', got 'NLC'"):
