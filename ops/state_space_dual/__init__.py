@@ -125,7 +125,7 @@ def state_space_dual(
         initial_state=initial_state, return_state=return_state,
     )  # fmt: skip
     out, state = dispatch.call(_OPERATOR, implementation, x.device, arguments)
-    return (out, state) if return_state else out
+    return (out, state) if return_state and state is not None else out
 
 
 def _prepare(
