@@ -1,9 +1,10 @@
 """Finds the launch parameters of `ops/neighborhood_attention/tiles.py` by trying many on the GPU at hand.
 
-python benchmarks/tune_neighborhood_attention.py [--quick] [--shapes 0 1 2] [--kinds whole forward queries keys bias]
+python benchmarks/tune_neighborhood_attention.py [--quick] [--shapes 0 1 2] [--kinds keys bias ...]
 
-Each kernel is swept with the others as they are: `whole` and `forward` by the time of the forward pass, the others by
-that of the backward pass. Beside each time stands what the estimate in `tiles.py` says, which is to be ranked alike.
+Each kernel is swept with the others as they are, those of the forward pass by its time, the others by that of the
+backward pass; the `whole` kinds are the kernels whose blocks hold all keys. Beside each time stands what the estimate
+in `tiles.py` says, which should rank them alike.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from vizoo.ops.neighborhood_attention.tiles import Sides, Tile
 NEIGHBORHOODS, copy_bandwidth = itemgetter("NEIGHBORHOODS", "copy_bandwidth")(
     runpy.run_path(str(Path(__file__).with_name("ops.py")))
 )
-KINDS = ("whole", "forward", "queries", "keys", "bias")
+KINDS = ("whole forward", "whole queries", "forward", "queries", "keys", "bias")
 PLACES = (16, 32, 64, 128)
 Runs = dict[str, Callable[[], Any]]
 
@@ -96,17 +97,22 @@ def sweep(kind: str, shape: tuple[Any, ...], floor: float, quick: bool) -> None:
     """Prints the best launch parameters of one kernel at one shape, and leaves those in force that were."""
     _, space, _, d, kernel, dilation = shape
     sizes, side = _sides(iter((1, *(-(-length // dilation) for length in space)))), (1, kernel, kernel)
-    run = runs(*shape)["forward" if kind in ("whole", "forward") else "backward"]
+    run = runs(*shape)["forward" if kind.endswith("forward") else "backward"]
     before_whole, before_tiled = tiles.whole, tiles.tiled
-    choices = whole_choices(sizes, side, quick) if kind == "whole" else tiled_choices(kind, sizes, side, d, quick)
+    whole, pass_over = kind.startswith("whole"), kind.removeprefix("whole ")
+    choices = whole_choices(sizes, side, quick) if whole else tiled_choices(kind, sizes, side, d, quick)
     results: list[tuple[float, Tile]] = []
     for tile in choices:
 
-        def chosen(other: str, *arguments: Any, tile: Tile = tile) -> Tile:
+        def tiled(other: str, *arguments: Any, tile: Tile = tile) -> Tile:
             return tile if other == kind else before_tiled(other, *arguments)
 
-        tiles.whole = (lambda *_, tile=tile: tile) if kind == "whole" else (lambda *_: None)
-        tiles.tiled = chosen
+        def in_one(other: str, *arguments: Any, tile: Tile = tile) -> Tile | None:
+            if other != pass_over:
+                return before_whole(other, *arguments)
+            return tile if whole else None
+
+        tiles.tiled, tiles.whole = tiled, in_one
         results += tried(run, tile)
     tiles.whole, tiles.tiled = before_whole, before_tiled
     print(f"\n{kind}, {shape}, floor {floor:.4f} ms, {len(results)} tried", flush=True)
@@ -128,7 +134,7 @@ def main() -> None:
         batch, space, heads, d, *_ = shape = shapes[index]
         part = 2 * batch * math.prod(space) * heads * d
         for kind in options.kinds:
-            sweep(kind, shape, (4 if kind in ("whole", "forward") else 7) * part / bandwidth * 1e3, options.quick)
+            sweep(kind, shape, (4 if kind.endswith("forward") else 7) * part / bandwidth * 1e3, options.quick)
 
 
 if __name__ == "__main__":

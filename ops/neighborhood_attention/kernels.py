@@ -361,6 +361,85 @@ def whole_forward(
         tl.store(statistics + pixel_q, highest + tl.log2(total), mask=real)
 
 
+@triton.jit(do_not_specialize=["tiles", "down", "across", "images"])
+def whole_backward_queries(
+    grad_out,  # (B, Z, Y, X, HEADS, D)
+    q,  # (B, Z, Y, X, HEADS, D), or (B, Z, Y, X, 3, HEADS, D) if PACKED
+    k,
+    v,
+    bias,  # (HEADS, 2 KZ - 1, 2 KY - 1, 2 KX - 1) float32
+    out,  # (B, Z, Y, X, HEADS, D)
+    lse,  # (B, HEADS, Z, Y, X) float32, base 2
+    delta,  # (B, HEADS, Z, Y, X) float32, written here: sum of out * grad_out
+    grad_q,  # like q
+    scale,
+    Z, Y, X,
+    DZ, DY, DX,
+    tiles, down, across,
+    images,
+    HEADS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+    SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
+    CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
+    TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
+    CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
+    STAGES: tl.constexpr, STACK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of tiles of queries, as in `whole_forward`."""
+    BLOCK_M: tl.constexpr = TZ * TY * TX
+    PITCH: tl.constexpr = (3 if PACKED else 1) * HEADS * D
+    head = tl.program_id(0) % HEADS
+    tile = tl.program_id(0) // HEADS
+    g_z, first_z, size_z = _axis(tile // (down * across), Z, DZ, TZ)
+    g_y, first_y, size_y = _axis(tile // across % down, Y, DY, TY * STACK)
+    g_x, first_x, size_x = _axis(tile % across, X, DX, TX)
+    if (first_z >= size_z) | (first_y >= size_y) | (first_x >= size_x) | (tl.program_id(1) >= images):
+        return
+    m_z, m_y, m_x = _split(tl.arange(0, BLOCK_M)[None, :], TY, TX)
+    first_y += tl.arange(0, STACK)[:, None] * TY
+    p_z, p_y, p_x = first_z + m_z, first_y + m_y, first_x + m_x
+    real = (p_z < size_z) & (p_y < size_y) & (p_x < size_x)
+    pixel_q = _pixel(p_z, p_y, p_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+    n_z, n_y, n_x = _split(tl.arange(0, CZ * CY * CX)[None, :], CY, CX)
+    c_z, _ = _window(first_z, size_z, KZ, SZ, CAUSAL_Z)
+    c_y, _ = _window(first_y, size_y, KY, SY, CAUSAL_Y)
+    c_x, _ = _window(first_x, size_x, KX, SX, CAUSAL_X)
+    j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
+    pixel_k = _pixel(j_z, j_y, j_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+    visible = _visible(
+        p_z[:, :, None], p_y[:, :, None], p_x[:, :, None], j_z[:, None, :], j_y[:, None, :], j_x[:, None, :],
+        size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, True, True, True,
+    )  # fmt: skip
+    if HAS_BIAS:
+        bias = _bias_of(bias, head, KZ, KY, KX) + _entry(c_z - p_z, c_y - p_y, c_x - p_x, KY, KX)
+    added = _added(bias, _entry(n_z, n_y, n_x, KY, KX), visible, HAS_BIAS, COMPILED)
+    factor = tl.cast(scale, tl.float32)
+    if PACKED:
+        k = q + HEADS * D
+        v = q + 2 * HEADS * D
+    for number in tl.range(tl.program_id(1), images, tl.num_programs(1), num_stages=STAGES):
+        image = tl.cast(number, tl.int64)
+        inward = image * Z * Y * X * PITCH + head * D
+        outward = image * Z * Y * X * (HEADS * D) + head * D
+        statistics = (image * HEADS + head) * Z * Y * X + pixel_q
+        incoming = _vectors(grad_out + outward, pixel_q, HEADS * D, D, BLOCK_D)
+        result = _vectors(out + outward, pixel_q, HEADS * D, D, BLOCK_D)
+        query = _vectors(q + inward, pixel_q, PITCH, D, BLOCK_D)
+        keys = _vectors(k + inward, pixel_k, PITCH, D, BLOCK_D)
+        values = _vectors(v + inward, pixel_k, PITCH, D, BLOCK_D)
+        lse_q = tl.load(lse + statistics)
+        delta_q = tl.sum(result.to(tl.float32) * incoming.to(tl.float32), 2)
+        tl.store(delta + statistics, delta_q, mask=real)
+        logits = tl.dot(query, tl.permute(keys, (0, 2, 1)), input_precision=PRECISION) * factor + added
+        p = tl.exp2(logits * LOG2E - lse_q[:, :, None])
+        dp = tl.dot(incoming, tl.permute(values, (0, 2, 1)), input_precision=PRECISION)
+        ds = p * (dp - delta_q[:, :, None])
+        gradient = tl.dot(ds.to(keys.dtype), keys, input_precision=PRECISION) * factor
+        _put_vectors(grad_q + inward, gradient, pixel_q, real, PITCH, D, BLOCK_D)
+
+
 @triton.jit(do_not_specialize=["tiles", "down", "across"])
 def backward_queries(
     grad_out,  # (B, Z, Y, X, HEADS, D)
@@ -469,7 +548,7 @@ def backward_keys(
     CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a tile of keys and values, from blocks of the queries that see them: products are transposed."""
+    """The gradients of a tile of keys and values, from blocks of the queries that see them."""
     BLOCK_N: tl.constexpr = TZ * TY * TX
     PITCH: tl.constexpr = (3 if PACKED else 1) * HEADS * D
     image, head, tile_z, tile_y, tile_x = _program(tiles, down, across, HEADS)
@@ -496,7 +575,7 @@ def backward_keys(
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     m_z, m_y, m_x = _split(tl.arange(0, CZ * CY * CX), CY, CX)
-    entry_q = -_entry(m_z, m_y, m_x, KY, KX)
+    entry_k = _entry(n_z, n_y, n_x, KY, KX)
     start_z, end_z = _seers(first_z, size_z, TZ, KZ, SZ, CAUSAL_Z)
     start_y, end_y = _seers(first_y, size_y, TY, KY, SY, CAUSAL_Y)
     start_x, end_x = _seers(first_x, size_x, TX, KX, SX, CAUSAL_X)
@@ -505,7 +584,8 @@ def backward_keys(
     blocks = tl.cdiv(tl.maximum(end_z - start_z, 0), CZ) * tl.cdiv(rows, CY) * tl.cdiv(columns, CX)
     c_z, c_y, c_x = start_z, start_y, start_x
     if HAS_BIAS:
-        bias = _bias_of(bias, head, KZ, KY, KX) + _entry(j_z - c_z, j_y - c_y, j_x - c_x, KY, KX)
+        bias = _bias_of(bias, head, KZ, KY, KX)
+        bias += _entry(first_z - c_z - m_z, first_y - c_y - m_y, first_x - c_x - m_x, KY, KX)
     for _ in tl.range(0, blocks, num_stages=STAGES):
         p_z, p_y, p_x = c_z + m_z, c_y + m_y, c_x + m_x
         pixel = _pixel(p_z, p_y, p_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
@@ -514,16 +594,16 @@ def backward_keys(
         lse_q = tl.load(lse + statistics + pixel)
         delta_q = tl.load(delta + statistics + pixel)
         visible = _visible(
-            p_z[None, :], p_y[None, :], p_x[None, :], j_z[:, None], j_y[:, None], j_x[:, None],
+            p_z[:, None], p_y[:, None], p_x[:, None], j_z[None, :], j_y[None, :], j_x[None, :],
             size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X,
             TZ * CZ > 1, TY * CY > 1, TX * CX > 1,
         )  # fmt: skip
-        added = _added(bias, entry_q, visible, HAS_BIAS, COMPILED)
-        logits = tl.dot(keys, tl.trans(query), input_precision=PRECISION) * factor + added
-        p = tl.exp2(logits * LOG2E - lse_q[None, :])
-        dv = tl.dot(p.to(incoming.dtype), incoming, dv, input_precision=PRECISION)
-        ds = p * (tl.dot(values, tl.trans(incoming), input_precision=PRECISION) - delta_q[None, :])
-        dk = tl.dot(ds.to(query.dtype), query, dk, input_precision=PRECISION)
+        added = _added(bias, entry_k, visible, HAS_BIAS, COMPILED)
+        logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * factor + added
+        p = tl.exp2(logits * LOG2E - lse_q[:, None])
+        dv = tl.dot(tl.trans(p.to(incoming.dtype)), incoming, dv, input_precision=PRECISION)
+        ds = p * (tl.dot(incoming, tl.trans(values), input_precision=PRECISION) - delta_q[:, None])
+        dk = tl.dot(tl.trans(ds.to(query.dtype)), query, dk, input_precision=PRECISION)
         before = _entry(c_z, c_y, c_x, KY, KX)
         c_z, c_y, c_x = _next(c_z, c_y, c_x, start_y, start_x, end_y, end_x, CZ, CY, CX)
         if HAS_BIAS:

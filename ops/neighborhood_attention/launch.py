@@ -44,15 +44,15 @@ class _Call:
         self.space, self.dilation = _three(space), _three(dilation)
         self.sizes = _three(-(-L // d) for L, d in zip(self.space, self.dilation, strict=True))
         self.scale = scale
-        self.dtype, self.itemsize, self.compiled = query.dtype, query.element_size(), query.device.type == "cuda"
+        self.dtype, self.itemsize, self.device = query.dtype, query.element_size(), query.device
 
     def tile(self, kind: tiles.Kind) -> tiles.Tile:
         return tiles.tiled(kind, self._fixed(), self.kernel, self.d, self.itemsize)
 
-    def whole(self) -> tiles.Tile | None:
-        """How to launch the kernel whose blocks hold all keys; None where it cannot be."""
+    def whole(self, kind: tiles.Kind) -> tiles.Tile | None:
+        """How to launch a kernel whose blocks hold all keys; None where that cannot be."""
         plain = all(side == 1 for side in self.stride)  # a stride lets windows reach further
-        return tiles.whole(self._fixed(), self.kernel, self.d, self.itemsize) if plain else None
+        return tiles.whole(kind, self._fixed(), self.kernel, self.d, self.itemsize) if plain else None
 
     def _fixed(self) -> tiles.Sides:
         return _three(size if type(size) is int else tiles.UNKNOWN for size in self.sizes)
@@ -79,7 +79,7 @@ class _Call:
             "PACKED": self.packed,
             "HAS_BIAS": self.bias is not None,
             "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",  # halves have but one precision
-            "COMPILED": self.compiled,
+            "COMPILED": self.device.type == "cuda",
             **_by_axis("T", tile.tile),
             **_by_axis("C", tile.block),
             "STAGES": tile.stages,
@@ -104,22 +104,26 @@ def forward(
     out = query.new_empty((call.images, *space, call.heads, call.d))
     lse = query.new_empty((call.images, call.heads, *space), dtype=torch.float32)
     if out.numel():
-        whole = call.whole()
-        tile = call.tile("forward") if whole is None else whole
-        counts = call.tile_counts(tile)
-        programs = call.heads * math.prod(counts)
         with gpu.on(query.device):
-            if whole is None:
-                launchable(kernels.forward)[(call.images * programs,)](
-                    *call.inputs, out, lse, *call.numbers(counts), **call.constants(tile)
-                )
-            else:
-                shares = -(-gpu.multiprocessors(query.device) * tile.per_sm // programs)
-                shares = min(shares, call.images) if type(call.images) is int and type(shares) is int else shares
-                launchable(kernels.whole_forward)[(programs, shares)](
-                    *call.inputs, out, lse, *call.numbers(counts), call.images, STACK=tile.stack, **call.constants(tile)
-                )
+            _over_queries(call, "forward", kernels.forward, kernels.whole_forward, (*call.inputs, out, lse))
     return out, lse
+
+
+def _over_queries(call: _Call, kind: tiles.Kind, tiled: Any, whole: Any, tensors: tuple[Tensor | None, ...]) -> None:
+    """Launches the kernel of a kind for tiles of queries: the one whose blocks hold all keys, where that can be."""
+    found = call.whole(kind)
+    tile = call.tile(kind) if found is None else found
+    counts = call.tile_counts(tile)
+    programs = call.heads * math.prod(counts)
+    if found is None:
+        launchable(tiled)[(call.images * programs,)](*tensors, *call.numbers(counts), **call.constants(tile))
+        return
+    shares = -(-gpu.multiprocessors(call.device) * tile.per_sm // programs)
+    if type(shares) is int and type(call.images) is int:
+        shares = min(shares, call.images)
+    launchable(whole)[(programs, shares)](
+        *tensors, *call.numbers(counts), call.images, STACK=tile.stack, **call.constants(tile)
+    )
 
 
 def backward(
@@ -139,18 +143,16 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of query, key, value and bias; None where there is no such input, or nobody asked."""
     call = _Call(query, key, value, bias, kernel_size, dilation, stride, causal, scale)
-    grad_query, grad_key, grad_value = (None if x is None else torch.empty_like(x) for x in call.inputs[:3])
+    grad_query = query.new_empty(query.shape)
+    grad_key, grad_value = (None if x is None else x.new_empty(x.shape) for x in (key, value))
     grad_bias = bias.new_empty(bias.shape) if bias_gradient and bias is not None else None
     if not out.numel() and grad_bias is not None:
         grad_bias.zero_()
     if out.numel():
         grad_out, delta = grad_out.contiguous(), torch.empty_like(lse)
         with gpu.on(query.device):
-            tile = call.tile("queries")
-            counts = call.tile_counts(tile)
-            launchable(kernels.backward_queries)[(call.images * call.heads * math.prod(counts),)](
-                grad_out, *call.inputs, out, lse, delta, grad_query, *call.numbers(counts), **call.constants(tile)
-            )
+            tensors = grad_out, *call.inputs, out, lse, delta, grad_query
+            _over_queries(call, "queries", kernels.backward_queries, kernels.whole_backward_queries, tensors)
             tile = call.tile("keys")
             counts = call.tile_counts(tile)
             keys = (grad_query, None) if call.packed else (grad_key, grad_value)

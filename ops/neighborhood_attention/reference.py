@@ -82,7 +82,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> Tensor:
     if q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64):
         return (q @ k.transpose(-2, -1) + added).softmax(-1) @ v
     mask = added.expand(q.shape[1], *added.shape[1:]).flatten(0, 1)
-    out = F.scaled_dot_product_attention(*(x.flatten(1, 2) for x in (q, k, v)), attn_mask=mask, scale=1.0)
+    flat = q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
+    out = F.scaled_dot_product_attention(flat[0], flat[1], flat[2], attn_mask=mask, scale=1.0)
     return out.view(*q.shape[:-1], v.shape[-1])
 
 

@@ -62,13 +62,14 @@ def tiled(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Til
     """
     side = places(d, itemsize)
     shapes = itertools.product(_boxes(side), _boxes(side))
-    tile, block = min(shapes, key=lambda shape: _cost(*shape, sizes, kernel, d))
+    tile, block = min(shapes, key=lambda shape: _cost(shape[0], shape[1], sizes, kernel, d))
     return Tile(tile, block, warps=side // 16, stages=2 if kind == "forward" and itemsize == 2 else 1)
 
 
 @lru_cache(maxsize=256)
-def whole(sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Tile | None:
+def whole(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Tile | None:
     """Tiles of 16 queries whose windows fit one block of at most 128 keys, a warp each; None if there are none."""
+    del kind  # for now
     vectors = power_of_two(d) * itemsize
     found: dict[Tile, float] = {}
     for tile in _boxes(16):
