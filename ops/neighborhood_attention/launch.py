@@ -69,22 +69,22 @@ class _Call:
 
     def constants(self, tile: tiles.Tile) -> dict[str, Any]:
         """What kernels are compiled for."""
+        (KZ, KY, KX), (SZ, SY, SX), (CAUSAL_Z, CAUSAL_Y, CAUSAL_X) = self.kernel, self.stride, self.causal
+        (TZ, TY, TX), (CZ, CY, CX) = tile.tile, tile.block
         return {
-            "HEADS": self.heads,
-            "D": self.d,
-            "BLOCK_D": tiles.power_of_two(self.d),
-            **_by_axis("K", self.kernel),
-            **_by_axis("S", self.stride),
-            **_by_axis("CAUSAL_", self.causal),
+            "HEADS": self.heads, "D": self.d, "BLOCK_D": tiles.power_of_two(self.d),
+            "KZ": KZ, "KY": KY, "KX": KX,
+            "SZ": SZ, "SY": SY, "SX": SX,
+            "CAUSAL_Z": CAUSAL_Z, "CAUSAL_Y": CAUSAL_Y, "CAUSAL_X": CAUSAL_X,
             "PACKED": self.packed,
             "HAS_BIAS": self.bias is not None,
             "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",  # halves have but one precision
             "COMPILED": self.device.type == "cuda",
-            **_by_axis("T", tile.tile),
-            **_by_axis("C", tile.block),
+            "TZ": TZ, "TY": TY, "TX": TX,
+            "CZ": CZ, "CY": CY, "CX": CX,
             "STAGES": tile.stages,
             "num_warps": tile.warps,
-        }
+        }  # fmt: skip
 
 
 def forward(

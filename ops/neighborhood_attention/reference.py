@@ -65,7 +65,7 @@ def neighborhood_attention_reference(
     # The meta device counts operations: query by query, they are those of the definition.
     block = 1 if query.device.type == "meta" else BLOCK[len(kernel_size)]
     axes = [
-        (_cached_axis if _is_concrete(*sizes) else _axis)(*sizes, block, query.device)
+        (_cached_axis if is_concrete(*sizes) else _axis)(*sizes, block, query.device)
         for sizes in zip(query.shape[1:-2], kernel_size, dilation, stride, causal, strict=True)
     ]
     q = _blocks(query * scale, [axis.queries for axis in axes])
@@ -143,7 +143,7 @@ def _axis(L: int, K: int, dilation: int, stride: int, causal: bool, block: int, 
     """Tables of an axis. With symbolic sizes blocks are not fitted to the groups, which would take a guard."""
     longest = _ceil(L, dilation)
     count = _ceil(longest, block)
-    if _is_concrete(L, K, dilation, stride):
+    if is_concrete(L, K, dilation, stride):
         block = _ceil(longest, count)
         span = min(K + _ceil(block - 1, stride) * stride, longest)
     else:
@@ -183,7 +183,7 @@ def _cached_axis(L: int, K: int, dilation: int, stride: int, causal: bool, block
         return _axis(L, K, dilation, stride, causal, block, device)
 
 
-def _is_concrete(*sizes: int) -> bool:
+def is_concrete(*sizes: int) -> bool:
     """Whether sizes are plain numbers outside of any trace."""
     return not torch.compiler.is_compiling() and all(type(size) in (int, bool) for size in sizes)
 
