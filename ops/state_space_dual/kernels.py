@@ -1,12 +1,12 @@
 """Triton kernels of state space duality: the causal form (CAUSAL), and the one without an order.
 
-Letters: L tokens, in chunks of `length` tokens, that a program walks through in tiles of ROWS; HEADS heads of P channels,
-GROUP of them with the same maps of N states; a state is P x N. `collect` sums what the tokens of a chunk add to a state,
-`scan` turns these sums into the states that chunks begin with, `outputs` has tokens read them, and `gradients` makes
-the gradients of a tile.
+Letters: L tokens, in chunks of `length` tokens, that a program walks through in tiles of ROWS; HEADS heads of P
+channels, GROUP of them with the same maps of N states; a state is P x N. `collect` sums what the tokens of a chunk add
+to a state, `scan` turns these sums into the states that chunks begin with, `outputs` has tokens read them, and
+`gradients` makes the gradients of a tile.
 
-In the causal form each tile is a chunk by itself to its tokens: they see each other by a product of their maps, and what
-came before by the state that the tile begins with. The clock of a token is the sum of Δ A in its tile, up to and with it.
+In the causal form the tokens of a tile see each other by a product of their maps, and what came before by the state
+that the tile begins with. The clock of a token is the sum of Δ A in its tile, up to and with its own.
 """
 
 from __future__ import annotations
@@ -472,8 +472,8 @@ def gradients(
             dt + image * dt_batch + head, bias, head, start, L, dt_token, low, high, SOFTPLUS, LIMITED, ROWS
         )
         index = (image * tiles + tile) * HEADS + head
-        state = _state(states, index if CAUSAL else image * HEADS + head, P, N, BLOCK_P, BLOCK_N)
-        grad_state = _state(grad_states, index if CAUSAL else image * HEADS + head, P, N, BLOCK_P, BLOCK_N)
+        place = index if CAUSAL else image * HEADS + head
+        wide, real = v.to(tl.float32), start + row < L
         if CAUSAL:
             clock, rest, end, end_rest = _clock(step, rate)
             left = tl.exp((end - clock) + (end_rest - rest))
@@ -481,53 +481,55 @@ def gradients(
         else:
             into = -rate * step
 
-        # By the states: what the tokens add to one, and what they read of one.
-        high_part, low_part, largest = _split(grad_state, v.dtype)
-        by_state = _times(b, tl.trans(high_part), tl.trans(low_part), largest, PRECISION)
+        main, lost, largest = _split(_state(grad_states, place, P, N, BLOCK_P, BLOCK_N), v.dtype)
+        by_state = _times(b, tl.trans(main), tl.trans(lost), largest, PRECISION)
+        dstep = tl.sum(wide * by_state, 1)
         dx = into[:, None] * by_state
-        added = into[:, None] * _times(v, high_part, low_part, largest, PRECISION)
-        high_part, low_part, largest = _split(state, v.dtype)
-        read = _times(g, high_part, low_part, largest, PRECISION)
-        wide = v.to(tl.float32)
-        if CAUSAL:
-            read *= tl.exp(clock + rest)[:, None]
-            # By each other.
+        if CAUSAL:  # what later tokens of the tile see of each one
             decay = _decay(clock, rest, ROWS)
-            each = tl.dot(g, tl.trans(v), input_precision=PRECISION) * decay
-            pair = each * cb
-            dstep = tl.sum(pair, 0) + left * tl.sum(wide * by_state, 1)
-            pair = tl.where(row[:, None] > row[None, :], pair * step[None, :], 0.0)
-            each, largest = _rounded(each * step[None, :], v.dtype)
-            db += tl.dot(tl.trans(each), c, input_precision=PRECISION) * largest
-            dc += tl.dot(each, b, input_precision=PRECISION) * largest
-            seen, largest = _rounded(cb * decay, v.dtype)
-            dx += tl.dot(tl.trans(seen), g, input_precision=PRECISION) * (largest * step)[:, None]
-            # A change of the rate at t changes what reaches t and later tokens of what was before it.
-            from_b = tl.sum(b.to(tl.float32) * added, 1)
-            later = tl.sum(pair, 1) - tl.sum(pair, 0) + tl.sum(c.to(tl.float32) * read, 1)
-            through = tl.exp(end + end_rest) * tl.sum(tl.sum(state * grad_state, 1), 0)
-            dchange = tl.cumsum(later, 0, reverse=True) + (tl.cumsum(from_b, 0) - from_b) + through
-            dchange = tl.where(start + row < L, dchange, 0.0)
-        else:
-            dstep = tl.zeros((ROWS,), tl.float32)
-            dchange = -tl.sum(wide * by_state, 1)
-        db += added
-        dc += read
-        dstep = (dstep + rate * dchange) * slope
-        real = start + row < L
-        tl.store(grad_dt + (image * L + start + row) * HEADS + head, dstep.to(grad_dt.dtype.element_ty), mask=real)
-        place = parts + index * COLUMNS
-        tl.store(place, tl.sum(step * dchange, 0))
-        tl.store(place + 1, tl.sum(tl.where(real, dstep, 0.0), 0))
+            seen, scale = _rounded(cb * decay, v.dtype)
+            dx += tl.dot(tl.trans(seen), g, input_precision=PRECISION) * (scale * step)[:, None]
+        sums = parts + index * COLUMNS
         if SKIP:
             grad = g.to(tl.float32)
             dx += _skip(D, head, SKIP, P, BLOCK_P) * grad
             by_channel = tl.sum(grad * wide, 0)
             if SKIP == 1:
-                tl.store(place + 2, tl.sum(by_channel, 0))
+                tl.store(sums + 2, tl.sum(by_channel, 0))
             else:
                 lane = tl.arange(0, BLOCK_P)
-                tl.store(place + 2 + lane, by_channel, mask=lane < P)
+                tl.store(sums + 2 + lane, by_channel, mask=lane < P)
         _put(grad_x + image * L * X_PITCH + head * P, dx, start, L, X_PITCH, P)
+
+        if CAUSAL:
+            each = tl.dot(g, tl.trans(v), input_precision=PRECISION) * decay
+            pair = each * cb
+            added = into * dstep
+            dstep = left * dstep + tl.sum(pair, 0)
+            pair = tl.where(row[:, None] > row[None, :], pair * step[None, :], 0.0)
+            later = tl.sum(pair, 1) - tl.sum(pair, 0)
+            each, scale = _rounded(each * step[None, :], v.dtype)
+            db += tl.dot(tl.trans(each), c, input_precision=PRECISION) * scale
+            dc += tl.dot(each, b, input_precision=PRECISION) * scale
+        db += into[:, None] * _times(v, main, lost, largest, PRECISION)
+        state = _state(states, place, P, N, BLOCK_P, BLOCK_N)
+        main, lost, largest = _split(state, v.dtype)
+        read = _times(g, main, lost, largest, PRECISION)
+        if CAUSAL:
+            read *= tl.exp(clock + rest)[:, None]
+            # A change of the rate at t changes what reaches t and later tokens of what was before it.
+            later += tl.sum(c.to(tl.float32) * read, 1)
+            grad_state = _state(grad_states, place, P, N, BLOCK_P, BLOCK_N)
+            through = tl.exp(end + end_rest) * tl.sum(tl.sum(state * grad_state, 1), 0)
+            dchange = tl.cumsum(later, 0, reverse=True) + (tl.cumsum(added, 0) - added) + through
+            dchange = tl.where(real, dchange, 0.0)
+            dstep = (dstep + rate * dchange) * slope
+        else:
+            dchange = -dstep
+            dstep = rate * dchange * slope
+        dc += read
+        tl.store(grad_dt + (image * L + start + row) * HEADS + head, dstep.to(grad_dt.dtype.element_ty), mask=real)
+        tl.store(sums, tl.sum(step * dchange, 0))
+        tl.store(sums + 1, tl.sum(tl.where(real, dstep, 0.0), 0))
     _put(grad_B + image * L * MAP_PITCH + group * N, db, start, L, MAP_PITCH, N)
     _put(grad_C + image * L * MAP_PITCH + group * N, dc, start, L, MAP_PITCH, N)
