@@ -1,8 +1,8 @@
 """Triton kernels of the selective scan. A program walks along a sequence with a block of channels of one group.
 
 It holds T tokens x BLOCK_N states x BLOCK_C channels at a time. Tokens come first, so that where states and channels
-are enough for all threads, each thread has all tokens of a tile and scans them without the others. With one state that
-axis is left out: tiles are T x BLOCK_C, laid out over threads as they lie in memory.
+are enough for all threads, each thread has all tokens of a tile and scans them without the others. FLAT tiles, for one
+state, are T x BLOCK_C, and spread over threads as they lie in memory: a thread has a few tokens in a row.
 What flows from tile to tile is the state, forward, and a_t λ_t backward, λ being the gradient of the state.
 Long sequences are cut into splits for several programs; `split_ends` and `split_starts` find where each begins.
 """
@@ -27,79 +27,87 @@ def _then_back(a1, e1, f1, a2, e2, f2):
 
 
 @triton.jit
-def _with_states(x, BLOCK_N: tl.constexpr):
+def _with_states(x, FLAT: tl.constexpr):
     """(T, BLOCK_C) beside an axis of states."""
-    return x if BLOCK_N == 1 else x[:, None, :]
+    return x if FLAT else x[:, None, :]
 
 
 @triton.jit
-def _with_channels(x, BLOCK_N: tl.constexpr):
-    """(T, BLOCK_N) beside an axis of channels."""
-    return x if BLOCK_N == 1 else x[:, :, None]
+def _with_channels(x, FLAT: tl.constexpr):
+    """(T, BLOCK_N) beside an axis of channels; where that of states is missing, it has been loaded for each channel."""
+    return x if FLAT else x[:, :, None]
 
 
 @triton.jit
-def _with_tokens(x, BLOCK_N: tl.constexpr):
+def _with_tokens(x, FLAT: tl.constexpr):
     """(BLOCK_N, BLOCK_C) beside an axis of tokens."""
-    return x if BLOCK_N == 1 else x[None, :, :]
+    return x if FLAT else x[None, :, :]
 
 
 @triton.jit
-def _over_states(x, BLOCK_N: tl.constexpr):
-    return x if BLOCK_N == 1 else tl.sum(x, 1)
+def _over_states(x, FLAT: tl.constexpr):
+    return x if FLAT else tl.sum(x, 1)
 
 
 @triton.jit
-def _over_channels(x, BLOCK_N: tl.constexpr):
-    """Sums (T, BLOCK_N)."""
-    return tl.sum(x, 1, keep_dims=True) if BLOCK_N == 1 else tl.sum(x, 2)
+def _over_tokens(x, FLAT: tl.constexpr):
+    """Sums, (BLOCK_N, BLOCK_C)."""
+    return tl.sum(x, 0, keep_dims=True) if FLAT else tl.sum(x, 0)
 
 
 @triton.jit
-def _over_tokens(x, BLOCK_N: tl.constexpr):
-    """Sums over tokens where a thread has them all; else they are left for the end."""
-    return x if BLOCK_N == 1 else tl.sum(x, 0, keep_dims=True)
+def _over_channels(x, FLAT: tl.constexpr, DOT: tl.constexpr):
+    """Sums, (T, BLOCK_N); on tensor cores if DOT, for which numbers are rounded to tf32."""
+    if DOT:
+        rows = tl.reshape(x, (x.shape[0] * x.shape[1], x.shape[2]))
+        total = tl.dot(rows, tl.full((x.shape[2], 16), 1.0 / 16, tl.float32), input_precision="tf32")
+        total = tl.reshape(tl.sum(total, 1), (x.shape[0], x.shape[1]))
+    elif FLAT:
+        total = tl.sum(x, 1, keep_dims=True)
+    else:
+        total = tl.sum(x, 2)
+    return total
 
 
 @triton.jit
-def _at_token(x, place, T: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What belongs to one token of a tile."""
-    token = tl.arange(0, T)[:, None] if BLOCK_N == 1 else tl.arange(0, T)[:, None, None]
-    return tl.sum(tl.where(token == place, x, 0.0), 0, keep_dims=True)
+def _tokens(T: tl.constexpr, FLAT: tl.constexpr):
+    token = tl.arange(0, T)
+    return token[:, None] if FLAT else token[:, None, None]
 
 
 @triton.jit
-def _add_at_token(x, y, place, T: tl.constexpr, BLOCK_N: tl.constexpr):
-    token = tl.arange(0, T)[:, None] if BLOCK_N == 1 else tl.arange(0, T)[:, None, None]
-    return tl.where(token == place, x + y, x)
-
-
-@triton.jit
-def _states(decay, drive, state, T: tl.constexpr, BLOCK_N: tl.constexpr, REVERSE: tl.constexpr):
+def _states(decay, drive, state, T: tl.constexpr, FLAT: tl.constexpr, REVERSE: tl.constexpr):
     """State at each token of a tile, and after it."""
     FIRST: tl.constexpr = T - 1 if REVERSE else 0
-    _, h = tl.associative_scan(
-        (decay, _add_at_token(drive, decay * state, FIRST, T, BLOCK_N)), 0, _then, reverse=REVERSE
-    )
-    return h, _at_token(h, T - 1 - FIRST, T, BLOCK_N)
+    token = _tokens(T, FLAT)
+    drive = tl.where(token == FIRST, drive + decay * _with_tokens(state, FLAT), drive)
+    _, h = tl.associative_scan((decay, drive), 0, _then, reverse=REVERSE)
+    return h, _over_tokens(tl.where(token == T - 1 - FIRST, h, 0.0), FLAT)
 
 
 @triton.jit
-def _adjoints(decay, direct, flow, T: tl.constexpr, BLOCK_N: tl.constexpr, REVERSE: tl.constexpr):
+def _adjoints(decay, direct, flow, T: tl.constexpr, FLAT: tl.constexpr, REVERSE: tl.constexpr):
     """Gradient of the state at each token of a tile, and what flows out to the token before it."""
     FIRST: tl.constexpr = T - 1 if REVERSE else 0
-    direct = _add_at_token(direct, flow, T - 1 - FIRST, T, BLOCK_N)
-    _, _, gradient = tl.associative_scan(
-        (decay, tl.full(decay.shape, 1.0, tl.float32), direct), 0, _then_back, reverse=not REVERSE
-    )
-    return gradient, _at_token(decay * gradient, FIRST, T, BLOCK_N)
+    token = _tokens(T, FLAT)
+    direct = tl.where(token == T - 1 - FIRST, direct + _with_tokens(flow, FLAT), direct)
+    one = tl.full(decay.shape, 1.0, tl.float32)
+    _, _, gradient = tl.associative_scan((decay, one, direct), 0, _then_back, reverse=not REVERSE)
+    return gradient, _over_tokens(tl.where(token == FIRST, decay * gradient, 0.0), FLAT)
 
 
 @triton.jit
 def _softplus(v):
-    e = tl.exp(tl.minimum(v, 20.0))
-    small = e * (1.0 - e * (0.5 - e * (0.33333334 - e * (0.25 - e * 0.2))))  # the logarithm has no digits left there
-    return tl.where(v > 20.0, v, tl.where(e < 0.0625, small, tl.log(1.0 + e)))
+    """max(v, 0) + log(1 + t), t = exp(-|v|), by a polynomial for log(1 + t) / t that is off by 2e-7 at most.
+
+    The logarithm itself takes longer than the rest of a token. Beyond v = 20 this is v to the last digit.
+    """
+    t = tl.exp(-tl.abs(v))
+    p = 0.04408963769674301 - 0.008539210073649883 * t
+    p = 0.17745241522789001 - t * (0.10768172144889832 - t * p)
+    p = 0.33275479078292847 - t * (0.24495463073253632 - t * p)
+    p = 0.9999998211860657 - t * (0.4999740421772003 - t * p)
+    return tl.maximum(v, 0.0) + t * p
 
 
 @triton.jit
@@ -130,31 +138,43 @@ def _map_offsets(batch, group, stride_b, stride_g, stride_n, stride_t, T: tl.con
 
 
 @triton.jit
+def _load_map(pointer, real, there, FLAT: tl.constexpr):
+    """A tile of B or C in float32. In flat tiles each thread reads what its channels need, as it reads u."""
+    if FLAT:
+        tile = tl.load(tl.broadcast_to(pointer, real.shape), mask=real, other=0.0)
+    else:
+        tile = tl.load(pointer, mask=there, other=0.0)
+    return tile.to(tl.float32)
+
+
+@triton.jit
 def _state_offsets(row, channel, CHANNELS: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr):
     """Of one row of states (N, CHANNELS)."""
     places = (tl.arange(0, BLOCK_N) * CHANNELS)[:, None] + channel[None, :]
-    return _with_tokens(row.to(tl.int64) * (N * CHANNELS) + places, BLOCK_N)
+    return row.to(tl.int64) * (N * CHANNELS) + places
 
 
 @triton.jit
 def _vector(pointer, channel, mine):
     """Parameters of the block's channels, (1, BLOCK_C); zeros if there are none."""
     if pointer is None:
-        return tl.zeros((1, channel.shape[0]), tl.float32)
-    return tl.load(pointer + channel, mask=mine, other=0.0).to(tl.float32)[None, :]
+        vector = tl.zeros(channel.shape, tl.float32)
+    else:
+        vector = tl.load(pointer + channel, mask=mine, other=0.0).to(tl.float32)
+    return vector[None, :]
 
 
 @triton.jit
 def _rates(A, channel, mine, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A (CHANNELS, N), beside an axis of tokens."""
+    """A (CHANNELS, N) of the block, (BLOCK_N, BLOCK_C)."""
     n = tl.arange(0, BLOCK_N)
     rate = tl.load(A + channel[None, :] * N + n[:, None], mask=(n < N)[:, None] & mine[None, :], other=0.0)
-    return _with_tokens(rate.to(tl.float32), BLOCK_N)
+    return rate.to(tl.float32)
 
 
 @triton.jit
 def _kept_states(mine, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    return _with_tokens((tl.arange(0, BLOCK_N) < N)[:, None] & mine[None, :], BLOCK_N)
+    return (tl.arange(0, BLOCK_N) < N)[:, None] & mine[None, :]
 
 
 @triton.jit
@@ -179,14 +199,14 @@ def forward(
     u_b, u_c, u_t, delta_b, delta_c, delta_t, z_b, z_c, z_t, out_b, out_c, out_t,
     B_b, B_g, B_n, B_t, C_b, C_g, C_n, C_t,
     GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr,
-    T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
+    T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Output; the state at the start of each tile, (batch, tiles, N, channels), and the last, (batch, N, channels).
 
     `start` holds the state before each split, (batch, splits, N, channels). What is None is zero, or not written.
     """
-    batch, split, group, _, channel, mine = _place(splits, BLOCKS, GROUPS, EACH, BLOCK_C)
+    batch, split, group, _block, channel, mine = _place(splits, BLOCKS, GROUPS, EACH, BLOCK_C)
     CHANNELS: tl.constexpr = GROUPS * EACH
     L = _multiple(L, ALIGN)
     u += _offsets(batch, channel, _multiple(u_b, ALIGN), _multiple(u_c, ALIGN), u_t, T)
@@ -210,17 +230,17 @@ def forward(
         if states is not None:
             tl.store(states + _state_offsets(batch * tiles + tile, channel, CHANNELS, N, BLOCK_N), state, mask=kept)
         first = tile.to(tl.int64) * T
-        token = first + tl.arange(0, T)
+        token = tile * T + tl.arange(0, T)
         real = (token < L)[:, None] & mine[None, :]
         there = (token < L)[:, None] & (tl.arange(0, BLOCK_N) < N)[None, :]
-        step, _ = _step(delta, bias, first * delta_t, real, SOFTPLUS)
+        step, _v = _step(delta, bias, first * delta_t, real, SOFTPLUS)
         x = tl.load(u + first * u_t, mask=real, other=0.0).to(tl.float32)
-        b = tl.load(B + first * B_t, mask=there, other=0.0).to(tl.float32)
-        c = tl.load(C + first * C_t, mask=there, other=0.0).to(tl.float32)
-        decay = tl.exp2(_with_states(step, BLOCK_N) * rate)
-        drive = _with_states(step * x, BLOCK_N) * _with_channels(b, BLOCK_N)
-        h, state = _states(decay, drive, state, T, BLOCK_N, REVERSE)
-        y = _over_states(h * _with_channels(c, BLOCK_N), BLOCK_N) + skip * x
+        b = _load_map(B + first * B_t, real, there, FLAT)
+        c = _load_map(C + first * C_t, real, there, FLAT)
+        decay = tl.exp2(_with_states(step, FLAT) * _with_tokens(rate, FLAT))
+        drive = _with_states(step * x, FLAT) * _with_channels(b, FLAT)
+        h, state = _states(decay, drive, state, T, FLAT, REVERSE)
+        y = _over_states(h * _with_channels(c, FLAT), FLAT) + skip * x
         if z is not None:
             gate = tl.load(z + first * z_t, mask=real, other=0.0).to(tl.float32)
             y *= gate * _sigmoid(gate)
@@ -238,8 +258,8 @@ def backward(
     g_b, g_c, g_t, u_b, u_c, u_t, delta_b, delta_c, delta_t, z_b, z_c, z_t, out_b, out_c, out_t,
     B_b, B_g, B_n, B_t, C_b, C_g, C_n, C_t, part, part_b, part_g, part_n, part_t,
     GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr,
-    T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of u, delta and z; each block's part of those of B and C, each program's of those of A, D and bias.
 
@@ -267,16 +287,15 @@ def backward(
     flow = rate * 0.0
     if flows is not None:
         flow = tl.load(flows + _state_offsets(row, channel, CHANNELS, N, BLOCK_N), mask=kept, other=0.0)
-    SUMS: tl.constexpr = T if BLOCK_N == 1 else 1
-    by_D, by_bias = tl.zeros((SUMS, BLOCK_C), tl.float32), tl.zeros((SUMS, BLOCK_C), tl.float32)
-    by_A = by_D if BLOCK_N == 1 else rate * 0.0
+    by_A = tl.zeros((T if FLAT else BLOCK_N, BLOCK_C), tl.float32)
+    by_D, by_bias = tl.zeros((T, BLOCK_C), tl.float32), tl.zeros((T, BLOCK_C), tl.float32)
     count = tl.minimum(tiles_each, tiles - split * tiles_each)
     for i in range(count):
         tile = split * tiles_each + count - 1 - i
         if REVERSE:
             tile = tiles - 1 - tile
         first = tile.to(tl.int64) * T
-        token = first + tl.arange(0, T)
+        token = tile * T + tl.arange(0, T)
         real = (token < L)[:, None] & mine[None, :]
         there = (token < L)[:, None] & (tl.arange(0, BLOCK_N) < N)[None, :]
         state = tl.load(
@@ -284,39 +303,41 @@ def backward(
         )
         step, v = _step(delta, bias, first * delta_t, real, SOFTPLUS)
         x = tl.load(u + first * u_t, mask=real, other=0.0).to(tl.float32)
-        b = tl.load(B + first * B_t, mask=there, other=0.0).to(tl.float32)
-        c = tl.load(C + first * C_t, mask=there, other=0.0).to(tl.float32)
+        b = _load_map(B + first * B_t, real, there, FLAT)
+        c = _load_map(C + first * C_t, real, there, FLAT)
         by_y = tl.load(grad + first * g_t, mask=real, other=0.0).to(tl.float32)
-        decay = tl.exp2(_with_states(step, BLOCK_N) * rate)
-        drive = _with_states(step * x, BLOCK_N) * _with_channels(b, BLOCK_N)
-        h, _ = _states(decay, drive, state, T, BLOCK_N, REVERSE)
+        decay = tl.exp2(_with_states(step, FLAT) * _with_tokens(rate, FLAT))
+        drive = _with_states(step * x, FLAT) * _with_channels(b, FLAT)
+        h, _state = _states(decay, drive, state, T, FLAT, REVERSE)
         if z is not None:
             gate = tl.load(z + first * z_t, mask=real, other=0.0).to(tl.float32)
             open = _sigmoid(gate)
-            y = _over_states(h * _with_channels(c, BLOCK_N), BLOCK_N) + skip * x
+            y = _over_states(h * _with_channels(c, FLAT), FLAT) + skip * x
             by_z = by_y * y * open * (1.0 + gate * (1.0 - open))
             tl.store(grad_z + places + first * out_t, by_z.to(grad_z.dtype.element_ty), mask=real)
             by_y *= gate * open
-        direct = _with_states(by_y, BLOCK_N) * _with_channels(c, BLOCK_N)
-        by_h, flow = _adjoints(decay, direct, flow, T, BLOCK_N, REVERSE)
+        direct = _with_states(by_y, FLAT) * _with_channels(c, FLAT)
+        by_h, flow = _adjoints(decay, direct, flow, T, FLAT, REVERSE)
         # Of the decayed state before: what has come in is known, and taken off again.
         by_decay = by_h * (h - drive)
-        by_drive = _over_states(by_h * _with_channels(b, BLOCK_N), BLOCK_N)
-        by_step = _over_states(by_decay * A_rate, BLOCK_N) + by_drive * x
+        by_drive = _over_states(by_h * _with_channels(b, FLAT), FLAT)
+        by_step = _over_states(by_decay * _with_tokens(A_rate, FLAT), FLAT) + by_drive * x
         if SOFTPLUS:
             by_step *= tl.where(v > 20.0, 1.0, _sigmoid(v))
         by_step = tl.where(real, by_step, 0.0)
         by_x = step * by_drive + skip * by_y
         tl.store(grad_u + places + first * out_t, by_x.to(grad_u.dtype.element_ty), mask=real)
         tl.store(grad_delta + places + first * out_t, by_step.to(grad_delta.dtype.element_ty), mask=real)
-        by_b = _over_channels(by_h * _with_states(step * x, BLOCK_N), BLOCK_N)
-        by_c = _over_channels(h * _with_states(by_y, BLOCK_N), BLOCK_N)
+        by_b = _over_channels(by_h * _with_states(step * x, FLAT), FLAT, DOT)
+        by_c = _over_channels(h * _with_states(by_y, FLAT), FLAT, DOT)
         tl.store(parts_B + map_places + first * part_t, by_b, mask=there)
         tl.store(parts_C + map_places + first * part_t, by_c, mask=there)
-        by_A += _over_tokens(by_decay * _with_states(step, BLOCK_N), BLOCK_N)
-        by_D += _over_tokens(by_y * x, BLOCK_N)
-        by_bias += _over_tokens(by_step, BLOCK_N)
-    by_A = tl.sum(by_A, 0, keep_dims=True)
+        by_rate = by_decay * _with_states(step, FLAT)
+        by_A += by_rate if FLAT else tl.sum(by_rate, 0)  # flat tiles add their tokens up in the end
+        by_D += by_y * x
+        by_bias += by_step
+    if FLAT:
+        by_A = tl.sum(by_A, 0, keep_dims=True)
     tl.store(parts_A + _state_offsets(row, channel, CHANNELS, N, BLOCK_N), by_A, mask=kept)
     vector = row.to(tl.int64) * CHANNELS + channel
     if D is not None:
@@ -333,14 +354,14 @@ def split_ends(
     x, delta, A, M, z, bias, ends, sums, L, tiles, tiles_each, splits,
     x_b, x_c, x_t, delta_b, delta_c, delta_t, z_b, z_c, z_t, M_b, M_g, M_n, M_t,
     GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr,
-    T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
+    T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """What each split adds to what flows through it, (batch, splits, N, channels), and the sum of its steps.
 
     Forward, x is u and M is B; backward, x is the gradient of the output and M is C.
     """
-    batch, split, group, _, channel, mine = _place(splits, BLOCKS, GROUPS, EACH, BLOCK_C)
+    batch, split, group, _block, channel, mine = _place(splits, BLOCKS, GROUPS, EACH, BLOCK_C)
     CHANNELS: tl.constexpr = GROUPS * EACH
     TOWARDS_FIRST: tl.constexpr = REVERSE != BACKWARD
     L = _multiple(L, ALIGN)
@@ -358,23 +379,23 @@ def split_ends(
         if REVERSE:
             tile = tiles - 1 - tile
         first = tile.to(tl.int64) * T
-        token = first + tl.arange(0, T)
+        token = tile * T + tl.arange(0, T)
         real = (token < L)[:, None] & mine[None, :]
         there = (token < L)[:, None] & (tl.arange(0, BLOCK_N) < N)[None, :]
-        step, _ = _step(delta, bias, first * delta_t, real, SOFTPLUS)
+        step, _v = _step(delta, bias, first * delta_t, real, SOFTPLUS)
         added = tl.load(x + first * x_t, mask=real, other=0.0).to(tl.float32)
         if z is not None:
             gate = tl.load(z + first * z_t, mask=real, other=0.0).to(tl.float32)
             added *= gate * _sigmoid(gate)
-        m = tl.load(M + first * M_t, mask=there, other=0.0).to(tl.float32)
+        m = _load_map(M + first * M_t, real, there, FLAT)
         behind = tl.cumsum(step, 0, reverse=not TOWARDS_FIRST)  # from each token to where the tile is left
         if not BACKWARD:
             behind -= step
             added *= step
-        left = tl.exp2(_with_states(behind, BLOCK_N) * rate)
-        through = tl.sum(step, 0, keep_dims=True)
-        new = tl.sum(left * _with_states(added, BLOCK_N) * _with_channels(m, BLOCK_N), 0, keep_dims=True)
-        end = tl.exp2(_with_states(through, BLOCK_N) * rate) * end + new
+        left = tl.exp2(_with_states(behind, FLAT) * _with_tokens(rate, FLAT))
+        through = tl.sum(step, 0)[None, :]
+        new = _over_tokens(left * _with_states(added, FLAT) * _with_channels(m, FLAT), FLAT)
+        end = tl.exp2(through * rate) * end + new
         steps += through
     row = batch * splits + split
     tl.store(ends + _state_offsets(row, channel, CHANNELS, N, BLOCK_N), end, mask=_kept_states(mine, N, BLOCK_N))
@@ -388,7 +409,7 @@ def split_starts(
 ):  # fmt: skip
     """Replaces what each split adds by what flows into it; into the first flows `start`, (batch, N, channels)."""
     BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
-    batch, _, _, _, channel, mine = _place(1, BLOCKS, 1, CHANNELS, BLOCK_C)
+    batch, _split, _group, _block, channel, mine = _place(1, BLOCKS, 1, CHANNELS, BLOCK_C)
     rate = _rates(A, channel, mine, N, BLOCK_N) * 1.4426950408889634
     kept = _kept_states(mine, N, BLOCK_N)
     flow = rate * 0.0
@@ -400,4 +421,4 @@ def split_starts(
         end = tl.load(place, mask=kept, other=0.0)
         steps = tl.load(sums + row.to(tl.int64) * CHANNELS + channel, mask=mine, other=0.0)[None, :]
         tl.store(place, flow, mask=kept)
-        flow = tl.exp2(_with_states(steps, BLOCK_N) * rate) * flow + end
+        flow = tl.exp2(steps * rate) * flow + end

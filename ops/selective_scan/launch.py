@@ -31,7 +31,7 @@ class Grid:
         tiles_each: Tiles of a split.
         splits: Splits of a sequence.
         constants: What kernels are compiled for.
-        warps: Warps of a program.
+        tile: Launch parameters.
     """
 
     batch: int
@@ -40,7 +40,7 @@ class Grid:
     tiles_each: int
     splits: int
     constants: dict[str, Any]
-    warps: int
+    tile: tiles.Tile
 
     @property
     def programs(self) -> tuple[int]:
@@ -86,7 +86,7 @@ def forward(
         launchable(kernels.forward)[grid.programs](
             u, delta, A, B, C, D, z, bias, start, out, last if return_state else None, kept if keep else None,
             *grid.sizes, *_strides(u, delta, z, out), *B.stride(), *C.stride(),
-            **grid.constants, num_warps=grid.warps,
+            **grid.constants, num_warps=grid.tile.warps,
         )  # fmt: skip
     return out, last.transpose(1, 2), kept
 
@@ -128,7 +128,7 @@ def backward(
                 grad_out, u, delta, A_, B, C, D_, z, bias_, kept, flows,
                 grad_u, grad_delta, grad_z, parts.B, parts.C, parts.A, parts.D, parts.bias, parts.start,
                 *grid.sizes, *_strides(grad_out, u, delta, z, grad_u), *B.stride(), *C.stride(), *parts.B.stride(),
-                **grid.constants, num_warps=grid.warps,
+                **grid.constants, DOT=grid.tile.dot, num_warps=grid.tile.warps,
             )  # fmt: skip
     none = u.new_empty(0)
     return (
@@ -166,7 +166,8 @@ def _grid(
     batch, channels, length = u.shape
     groups, states = int(B.shape[1]), int(A.shape[1])  # kernels are compiled for them: a tracer has to settle on them
     each = int(channels) // groups
-    tile = choose(tokens, states, each)
+    flat = tiles.flat(states, known(u.stride(2) == 1))
+    tile = choose(tokens, states, each, flat)
     blocks, count = -(-each // tile.channels), -(-length // tokens)
     splits = 1
     if isinstance(batch, int) and isinstance(length, int) and batch:
@@ -174,10 +175,10 @@ def _grid(
     tiles_each = -(-count // splits)
     constants = {
         "GROUPS": groups, "EACH": each, "BLOCKS": blocks, "N": states,
-        "T": tokens, "BLOCK_N": 1 << (states - 1).bit_length(), "BLOCK_C": tile.channels,
+        "T": tokens, "BLOCK_N": 1 << (states - 1).bit_length(), "BLOCK_C": tile.channels, "FLAT": flat,
         "ALIGN": _alignment(sequences, maps), **flags,
     }  # fmt: skip
-    return Grid(batch, length, count, tiles_each, -(-count // tiles_each), constants, tile.warps)
+    return Grid(batch, length, count, tiles_each, -(-count // tiles_each), constants, tile)
 
 
 def _split_starts(
@@ -194,13 +195,13 @@ def _split_starts(
     sums = x.new_empty((grid.batch, grid.splits, channels), dtype=torch.float32)
     launchable(kernels.split_ends)[grid.programs](
         x, delta, A, M, z, bias, ends, sums, *grid.sizes, *_strides(x, delta, z), *M.stride(),
-        **grid.constants, BACKWARD=backward, num_warps=grid.warps,
+        **grid.constants, BACKWARD=backward, num_warps=grid.tile.warps,
     )  # fmt: skip
     block = grid.constants["BLOCK_C"]
     launchable(kernels.split_starts)[(grid.batch * -(-channels // block),)](
         ends, sums, A, start, grid.splits,
         CHANNELS=int(channels), N=int(states), BLOCK_N=grid.constants["BLOCK_N"], BLOCK_C=block,
-        BACKWARD=backward, num_warps=grid.warps,
+        BACKWARD=backward, num_warps=grid.tile.warps,
     )  # fmt: skip
     return ends
 

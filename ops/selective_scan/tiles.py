@@ -17,44 +17,60 @@ class Tile(NamedTuple):
     Attributes:
         channels: Channels of a tile, a power of two; those of one program.
         warps: Warps of a program.
+        dot: Whether sums over channels go through tensor cores, which takes 16 channels and rounds to tf32.
     """
 
     channels: int
     warps: int
+    dot: bool = False
 
 
-def tokens(length: int, states: int, tokens_together: bool) -> int:
+def flat(states: int, tokens_together: bool) -> bool:
+    """Whether tiles are rows of tokens, spread over threads as they lie in memory, or a thread has all of its tokens."""
+    return states == 1 and tokens_together
+
+
+def tokens(length: int, flat: bool) -> int:
     """Tokens of a tile, a power of two; forward and backward alike, for one keeps states for the other.
 
-    With one state and tokens together in memory a tile is a few long rows, with channels together many short ones.
-    With more states it is what a thread can hold in registers.
+    Flat tiles are a few long rows; others have what a thread can hold.
     """
-    longest = (LONGEST if tokens_together else 64) if states == 1 else 16
     size = 16
-    while size < longest and not known(length <= size):
+    while size < (LONGEST if flat else 16) and not known(length <= size):
         size *= 2
     return size
 
 
 @lru_cache
-def forward(tokens: int, states: int, each: int) -> Tile:
-    """Tile of the kernel that scans: 8 to 16 numbers a thread."""
-    return _sized(tokens, states, each, numbers=1024 if states == 1 else 4096)
+def forward(tokens: int, states: int, each: int, flat: bool) -> Tile:
+    """Tile of the kernel that scans."""
+    if flat:
+        return _rows(tokens, each, numbers=1024)
+    return _lanes(tokens, states, each)
 
 
 @lru_cache
-def backward(tokens: int, states: int, each: int) -> Tile:
+def backward(tokens: int, states: int, each: int, flat: bool) -> Tile:
     """Tile of the kernel of the gradients. Few channels a tile are many parts of the gradients of B and C."""
-    return _sized(tokens, states, each, numbers=2048 if states == 1 else 4096)
+    if flat:
+        return _rows(tokens, each, numbers=2048)
+    return _lanes(tokens, states, each)
 
 
-def _sized(tokens: int, states: int, each: int, numbers: int) -> Tile:
-    """As many channels as make a tile of so many numbers, or all of a group; 32 numbers a thread with many states."""
-    block = 1 << (states - 1).bit_length()
-    most = 1 << (each - 1).bit_length()
-    channels = max(1, min(most, 128, max(numbers // (tokens * block), 4 if states == 1 else 16)))
-    warps = tokens * block * channels // ((8 if states == 1 else 32) * 32)
-    return Tile(channels, max(1, min(8, warps)))
+def _block(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _rows(tokens: int, each: int, numbers: int) -> Tile:
+    """Flat tile of so many numbers, 8 a thread."""
+    channels = max(1, min(_block(each), numbers // tokens))
+    return Tile(channels, warps=max(1, min(8, tokens * channels // 256)))
+
+
+def _lanes(tokens: int, states: int, each: int) -> Tile:
+    """A channel a lane, and as many warps as leave a thread 64 numbers: tokens, and a few states."""
+    channels = min(32, _block(each))
+    return Tile(channels, warps=max(1, min(8, tokens * _block(states) * channels // (32 * 64))))
 
 
 def splits(programs: int, tiles: int, multiprocessors: int) -> int:

@@ -199,7 +199,7 @@ def test_state_carries_on(reverse: bool) -> None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that the interpreter gets through in time: few tokens, and channels of which the last are not there."""
-    monkeypatch.setattr(tiles, "tokens", lambda length, states, together: 8)
+    monkeypatch.setattr(tiles, "tokens", lambda length, flat: 8)
     monkeypatch.setattr(tiles, "forward", lambda *sizes: tiles.Tile(4, warps=1))
     monkeypatch.setattr(tiles, "backward", lambda *sizes: tiles.Tile(2, warps=1))
 
