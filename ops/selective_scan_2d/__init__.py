@@ -109,7 +109,7 @@ def _prepare(
             f"x must have the shape (B, H, W, d) with a row, a column and a channel at least, got {tuple(x.shape)}"
         )
     d = x.shape[-1]
-    if A.ndim != 3 or known(A.shape[0] != 1) and known(A.shape[0] != len(routes)) or known(A.shape[-1] < 1):
+    if A.ndim != 3 or (known(A.shape[0] != 1) and known(A.shape[0] != len(routes))) or known(A.shape[-1] < 1):
         raise ValueError(
             f"A must have the shape (K, d, N) = ({len(routes)}, {d}, N), or with K = 1 for one set that all routes"
             f" share, and N at least 1, got {tuple(A.shape)}"

@@ -1,9 +1,11 @@
 """Triton kernels of the selective scan over routes of a map.
 
-Letters: T tokens of a tile, C channels of a block, N states, K routes, r numbers from which a step is projected.
+Letters: T tokens of a tile, C channels of a block, N states, K routes, R numbers from which a step is projected.
 
-A program is one warp whose lanes are channels: a thread holds all tokens of a tile for its channel, so that scanning is
-arithmetic within a thread. Tiles are cut from a route's order, the same for both ways along it.
+A program is one warp whose lanes are channels: a thread holds all tokens of a tile for its channels, so that scanning
+is arithmetic within a thread. An order cuts the map into lines, rows one after the other being one line; lines are cut
+into tiles, of which the last of a line may be short. Both ways along an order share its tiles. Tokens beyond a line
+have steps of zero, with which a state passes them unchanged.
 """
 
 from __future__ import annotations
@@ -27,6 +29,11 @@ def _combine_before(a1, b1, l1, k1, a2, b2, l2, k2):
 
 
 @triton.jit
+def _later(a, b):
+    return b
+
+
+@triton.jit
 def _softplus(v):
     """log(1 + e^v) to the precision of float32, and e^-|v|. A polynomial is cheaper than the logarithm."""
     z = tl.exp2(-tl.abs(v) * LOG2E)
@@ -42,36 +49,44 @@ def _softplus(v):
 
 
 @triton.jit
-def _divided(t, length):
-    """t // length; exact where length * t < 2**32."""
-    length = tl.cast(length, tl.uint32)
-    reciprocal = tl.cast(0xFFFFFFFF, tl.uint32) // length + 1  # 0 for a length of 1
-    return tl.where(length == 1, t, tl.umulhi(tl.cast(t, tl.uint32), reciprocal).to(tl.int32))
+def _lines(H, W, columns, continuous, T: tl.constexpr):
+    """How an order cuts the map: the length of a line, and the tiles of a line."""
+    length = tl.where(columns, H, tl.where(continuous, W, H * W))
+    return length, tl.cdiv(length, T)
 
 
 @triton.jit
-def _pixel(t, H, W, columns, continuous):
-    """Number of the t-th pixel of an order, counted row after row."""
-    length = tl.where(columns, H, W)
-    line = _divided(t, length)
-    place = t - line * length
-    place = tl.where(continuous & (line % 2 == 1), length - 1 - place, place)
-    return tl.where(columns, place * W + line, line * W + place)
+def _places(tile, token, H, W, columns, continuous, routed, backwards, T: tl.constexpr):
+    """Where a tile lies.
+
+    Returns:
+        Pixel of its first token, and the distance to the next; the same for its parameters; which tokens there are,
+        (T,); and the line and the place in it.
+    """
+    length, pieces = _lines(H, W, columns, continuous, T)
+    along, across = tl.where(columns, W, 1), tl.where(columns, 1, W)
+    line = tile // pieces
+    first = tile % pieces * T
+    turned = continuous & (line % 2 == 1)
+    pixel = line * across + tl.where(turned, length - 1 - first, first) * along
+    stride = tl.where(turned, -along, along)
+    step = line * length + first
+    row = tl.where(routed, pixel, tl.where(backwards, H * W - 1 - step, step))
+    row_stride = tl.where(routed, stride, tl.where(backwards, -1, 1))
+    return pixel, stride, row, row_stride, first + token < length, line, first
 
 
 @triton.jit
-def _direction(t, L, H, W, columns, reverse):
-    """Direction by which a continuous route comes to the t-th pixel of its order: 0 start, right, left, up, down."""
-    length = tl.where(columns, H, W)
-    line = _divided(t, length)
-    place = t - line * length
+def _direction(line, place, H, W, columns, backwards):
+    """Direction by which a continuous route comes to a place of a line: 0 start, then right, left, up, down."""
+    length, lines = tl.where(columns, H, W), tl.where(columns, W, H)
     turned = line % 2 == 1
-    along = tl.where(turned != reverse, 1, 0)
-    along = tl.where(columns, 4 - along, 1 + along)
-    onward = tl.where(columns, 1, 4) + tl.where(reverse, tl.where(columns, 1, -1), 0)
-    turning = place == tl.where(reverse, length - 1, 0)
-    start = t == tl.where(reverse, L - 1, 0)
-    return tl.where(start, 0, tl.where(turning, onward, along))
+    against = tl.where(turned != backwards, 1, 0)
+    along = tl.where(columns, 4 - against, 1 + against)
+    onward = tl.where(columns, tl.where(backwards, 2, 1), tl.where(backwards, 3, 4))
+    begin = tl.where(backwards, length - 1, 0)
+    start = (line == tl.where(backwards, lines - 1, 0)) & (place == begin)
+    return tl.where(start, 0, tl.where(place == begin, onward, along))
 
 
 @triton.jit
@@ -82,10 +97,10 @@ def _last(tile, token, LAST: tl.constexpr):
 
 
 @triton.jit
-def _tile(pointer, row, pitch, channel, real, d):
-    """Numbers of a tile of tokens and channels in float32."""
-    where = row[:, None] * pitch + channel[None, :]
-    return tl.load(pointer + where, mask=real[:, None] & (channel < d)[None, :], other=0.0).to(tl.float32)
+def _tile(pointer, offset, channel, real, d):
+    """Numbers of a tile of tokens and channels."""
+    mask = real[:, None] & (channel < d)[None, :]
+    return tl.load(pointer + (offset[:, None] + channel[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -102,12 +117,14 @@ def _projection(weight, k, channel, d, R: tl.constexpr, RP: tl.constexpr):
 
 
 @triton.jit
-def _low(delta, row, pitch, real, R: tl.constexpr, RP: tl.constexpr):
-    """What the steps of a tile are projected from, (T, RP)."""
-    column = tl.arange(0, RP)
-    return tl.load(
-        delta + row[:, None] * pitch + column[None, :], mask=real[:, None] & (column < R)[None, :], other=0.0
-    )
+def _sources(delta, offset, channel, real, d, R: tl.constexpr, RP: tl.constexpr):
+    """What the steps of a tile are made from: (T, RP) numbers to project, or (T, C) steps if R is 0."""
+    if R == 0:
+        return _tile(delta, offset, channel, real, d)
+    else:
+        column = tl.arange(0, RP)
+        mask = real[:, None] & (column < R)[None, :]
+        return tl.load(delta + (offset[:, None] + column[None, :]), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -115,50 +132,73 @@ def _product(a, b, acc):
     """acc + a b, exact to float32's precision unless both are half."""
     if a.dtype == b.dtype and a.dtype != tl.float32:
         return tl.dot(a, b, acc)
-    return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")
 
 
 @triton.jit
-def _steps(
-    delta, projection, bias, row, pitch, channel, real, d,
-    T: tl.constexpr, C: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, SOFTPLUS: tl.constexpr,
-):  # fmt: skip
-    """Steps of a tile, and e^-|v| and the sign of v, from which softplus has its derivative."""
-    if projection is None:
-        v = _tile(delta, row, pitch, channel, real, d)
-    else:
-        v = _product(_low(delta, row, pitch, real, R, RP), projection, tl.zeros((T, C), tl.float32))
+def _steps(sources, projection, bias, real, T: tl.constexpr, C: tl.constexpr, SOFTPLUS: tl.constexpr):
+    """Steps of a tile, and e^-|v| and the sign of v, from which softplus has its derivative.
+
+    A product leaves tokens in many threads. A scan that changes nothing brings those of a channel together, once, so
+    that all that follows stays in a thread.
+    """
+    v = tl.zeros((T, C), tl.float32)
     if bias is not None:
         v += bias[None, :]
+    if projection is None:
+        v += sources.to(tl.float32)
+    else:
+        v = tl.associative_scan(_product(sources, projection, v), 0, _later)
+    steps, z = v, v
     if SOFTPLUS:
         steps, z = _softplus(v)
-        return steps, z, v >= 0
-    return v, v, v >= 0
+    return tl.where(real[:, None], steps, 0.0), z, v >= 0
 
 
 @triton.jit
-def _drive_map(B, direction_B, n, row, pitch, real, t, L, H, W, columns, reverse, N: tl.constexpr):
+def _drive_map(B, direction_B, n, offset, real, token, line, first, H, W, columns, backwards, N: tl.constexpr):
     """B of a tile for one state, with what the directions of the route add."""
-    values = tl.load(B + row * pitch + n, mask=real, other=0.0).to(tl.float32)
+    values = tl.load(B + offset + n, mask=real, other=0.0).to(tl.float32)
     if direction_B is not None:
-        direction = _direction(t, L, H, W, columns, reverse)
+        direction = _direction(line, first + token, H, W, columns, backwards)
         values += tl.load(direction_B + direction * N + n, mask=real, other=0.0).to(tl.float32)
     return values
 
 
+@triton.jit
+def _read(
+    x, delta, B, direction_B, n, tile, token, channel, H, W, d, x_pixel, delta_pixel, B_pixel,
+    columns, continuous, backwards, against,
+    N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, ROUTED: tl.constexpr,
+):  # fmt: skip
+    """x, sources of the steps, and B of a tile, its tokens in the order of the scan."""
+    token = tl.where(against, T - 1 - token, token)
+    pixel, stride, row, row_stride, real, line, first = _places(
+        tile, token, H, W, columns, continuous, ROUTED, backwards, T
+    )
+    values = _tile(x + pixel.to(tl.int64) * x_pixel, token * (stride * x_pixel), channel, real, d)
+    offset = token * (row_stride * delta_pixel)
+    sources = _sources(delta + row.to(tl.int64) * delta_pixel, offset, channel, real, d, R, RP)
+    B += row.to(tl.int64) * B_pixel
+    offset = token * (row_stride * B_pixel)
+    map = _drive_map(B, direction_B, n, offset, real, token, line, first, H, W, columns, backwards, N)
+    return values, sources, map
+
+
 @triton.jit(do_not_specialize=[
-    "H", "W", "d", "tiles", "segments", "x_image", "x_pixel", "delta_image", "delta_pixel", "delta_route",
+    "H", "W", "d", "stored", "segments", "x_image", "x_pixel", "delta_image", "delta_pixel", "delta_route",
     "B_image", "B_pixel", "B_route",
 ])  # fmt: skip
 def states(
     x, delta, weight, bias, A, B, direction_B, total_steps, ends, out,
-    H, W, d, tiles, segments,
+    H, W, d, stored, segments,
     x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
     CODES: tl.constexpr, K: tl.constexpr, N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     T: tl.constexpr, C: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr,
     ADJOINT: tl.constexpr, AGGREGATE: tl.constexpr,
 ):  # fmt: skip
-    """State of each route before each of its tiles, (B, K, tiles, N, d), or with ADJOINT that of its gradient.
+    """State of each route before each of its tiles, (B, K, stored, N, d), or with ADJOINT that of its gradient.
 
     The gradient's state runs against the route and is driven by C and the gradient of the output (in the places of B
     and x). A sequence is cut into segments, one a program; with AGGREGATE each program scans its segment from zero and
@@ -174,50 +214,54 @@ def states(
     segment = program % segments
     image = (program // segments).to(tl.int64)
     code = (CODES >> (3 * k)) & 7
-    columns, reverse, continuous = code & 1 != 0, code & 2 != 0, code & 4 != 0
-    backwards = reverse != ADJOINT
-    L = H * W
+    columns, backwards, continuous = code & 1 != 0, code & 2 != 0, code & 4 != 0
+    against = backwards != ADJOINT
+    length, pieces = _lines(H, W, columns, continuous, T)
+    tiles = H * W // length * pieces
     x += image * x_image
     delta += image * delta_image + k * delta_route
     B += image * B_image + k * B_route
-    projection = None
+    projection, shift = None, None
     if weight is not None:
         projection = _projection(weight, k, channel, d, R, RP)
-    shift = None
     if bias is not None:
         shift = _vector(bias + k * d, channel, d)
     rate = _vector(A + (k * d) * N + n, channel * N, d * N) * LOG2E
-    each = tl.cdiv(tiles, segments)
     before = (image * K + k) * segments * N + n
+    out += ((image * K + k) * stored * N + n) * d
     h = tl.zeros((C,), tl.float32)
-    if not AGGREGATE:
-        for s in range(segment):
+    if total_steps is not None:
+        for s in range(0 if AGGREGATE else segment):
             where = (before + s * N) * d
             h = tl.exp2(rate * _vector(total_steps + where, channel, d)) * h + _vector(ends + where, channel, d)
     token = tl.arange(0, T)
-    place = tl.where(backwards, T - 1 - token, token)
     sums = tl.zeros((C,), tl.float32)
-    for i in range(segment * each, tl.minimum(segment * each + each, tiles)):
-        tile = tl.where(backwards, tiles - 1 - i, i)
-        t = tile * T + place
-        real = t < L
-        pixel = _pixel(t, H, W, columns, continuous)
-        row = pixel
-        if not ROUTED:
-            row = tl.where(reverse, L - 1 - t, t)
+    each = tl.cdiv(tiles, segments)
+    begin, end = segment * each, tl.minimum(segment * each + each, tiles)
+    tile = tl.where(against, tiles - 1 - begin, begin)
+    onward = tl.where(against, -1, 1)
+    values, sources, map = _read(
+        x, delta, B, direction_B, n, tile, token, channel, H, W, d, x_pixel, delta_pixel, B_pixel,
+        columns, continuous, backwards, against, N, R, RP, T, ROUTED,
+    )  # fmt: skip
+    for i in range(begin, end):
+        # The next tile is on its way while this one is scanned.
+        following = tl.where(i + 1 < end, tile + onward, tile)
+        next_values, next_sources, next_map = _read(
+            x, delta, B, direction_B, n, following, token, channel, H, W, d, x_pixel, delta_pixel, B_pixel,
+            columns, continuous, backwards, against, N, R, RP, T, ROUTED,
+        )  # fmt: skip
         if not AGGREGATE:
-            where = (((image * K + k) * tiles + tile) * N + n) * d
-            tl.store(out + where + channel, h, mask=channel < d)
-        steps, _, _ = _steps(delta, projection, shift, row, delta_pixel, channel, real, d, T, C, R, RP, SOFTPLUS)
-        values = _tile(x, pixel, x_pixel, channel, real, d)
-        map = _drive_map(B, direction_B, n, row, B_pixel, real, t, L, H, W, columns, reverse, N)
+            tl.store(out + tile.to(tl.int64) * N * d + channel, h, mask=channel < d)
+        real = tile % pieces * T + tl.where(against, T - 1 - token, token) < length
+        steps = _steps(sources, projection, shift, real, T, C, SOFTPLUS)[0]
         decay = tl.exp2(steps * rate[None, :])
-        drive = (decay if ADJOINT else steps) * values * map[:, None]
+        drive = (decay if ADJOINT else steps) * values.to(tl.float32) * map[:, None]
         drive = tl.where(token[:, None] == 0, decay * h[None, :] + drive, drive)
-        _, h_all = tl.associative_scan((decay, drive), 0, _combine)
-        h = _last(h_all, token, T - 1)
+        h = _last(tl.associative_scan((decay, drive), 0, _combine)[1], token, T - 1)
         if AGGREGATE:
             sums += tl.sum(steps, 0)
+        tile, values, sources, map = following, next_values, next_sources, next_map
     if AGGREGATE:
         where = (before + segment * N) * d + channel
         tl.store(total_steps + where, sums, mask=channel < d)
@@ -235,37 +279,52 @@ def _scanned(decay, drive, state, token, LAST: tl.constexpr, BACKWARDS: tl.const
 
 @triton.jit
 def _route_output(
-    values, delta, projection, shift, A, B, Cm, direction_B, states, t, pixel, real, channel, token, image, tile,
-    L, H, W, d, tiles, delta_pixel, B_pixel, C_pixel,
+    y, values, delta, projection, shift, A, B, Cm, direction_B, states, tile, token, channel, image,
+    H, W, d, stored, delta_pixel, B_pixel, C_pixel,
     k: tl.constexpr, K: tl.constexpr, N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     T: tl.constexpr, C: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr, COLUMNS: tl.constexpr,
-    BACKWARDS: tl.constexpr,
+    CONTINUOUS: tl.constexpr, BACKWARDS: tl.constexpr,
 ):  # fmt: skip
-    """What one route gives at each token of a tile, without the skip."""
-    row = pixel
-    if not ROUTED:
-        row = L - 1 - t if BACKWARDS else t
-    steps, _, _ = _steps(delta, projection, shift, row, delta_pixel, channel, real, d, T, C, R, RP, SOFTPLUS)
+    """Adds what one route gives at each token of a tile, without the skip."""
+    _, _, row, stride, real, line, first = _places(tile, token, H, W, COLUMNS, CONTINUOUS, ROUTED, BACKWARDS, T)
+    row = row.to(tl.int64)
+    sources = _sources(delta + row * delta_pixel, token * (stride * delta_pixel), channel, real, d, R, RP)
+    steps, _, _ = _steps(sources, projection, shift, real, T, C, SOFTPLUS)
     driven = steps * values
-    out = tl.zeros((T, C), tl.float32)
-    states += ((image * K + k) * tiles + tile) * N * d
+    B, Cm = B + row * B_pixel, Cm + row * C_pixel
+    states += ((image * K + k) * stored + tile) * N * d
     for n in range(N):
         rate = _vector(A + k * d * N + n, channel * N, d * N) * LOG2E
-        map = _drive_map(B, direction_B, n, row, B_pixel, real, t, L, H, W, COLUMNS, BACKWARDS, N)
-        read = tl.load(Cm + row * C_pixel + n, mask=real, other=0.0).to(tl.float32)
+        offset = token * (stride * B_pixel)
+        map = _drive_map(B, direction_B, n, offset, real, token, line, first, H, W, COLUMNS, BACKWARDS, N)
+        read = tl.load(Cm + token * (stride * C_pixel) + n, mask=real, other=0.0).to(tl.float32)
         state = _vector(states + n * d, channel, d)
         h = _scanned(tl.exp2(steps * rate[None, :]), driven * map[:, None], state, token, T - 1, BACKWARDS)
-        out += h * read[:, None]
-    return out
+        y += h * read[:, None]
+    return y
+
+
+@triton.jit
+def _constants(weight, bias, D, k, channel, d, R: tl.constexpr, RP: tl.constexpr):
+    """Weights and bias of the steps of a route, and its skip."""
+    projection, shift = None, None
+    if weight is not None:
+        projection = _projection(weight, k, channel, d, R, RP)
+    if bias is not None:
+        shift = _vector(bias + k * d, channel, d)
+    skip = channel * 0.0
+    if D is not None:
+        skip = _vector(D + k * d, channel, d)
+    return projection, shift, skip
 
 
 @triton.jit(do_not_specialize=[
-    "H", "W", "d", "tiles", "images", "x_image", "x_pixel", "delta_image", "delta_pixel", "delta_route",
+    "H", "W", "d", "stored", "images", "x_image", "x_pixel", "delta_image", "delta_pixel", "delta_route",
     "B_image", "B_pixel", "B_route", "C_image", "C_pixel", "C_route",
 ])  # fmt: skip
 def outputs(
     x, delta, weight, bias, A, B, Cm, D, direction_B, states, earlier, out,
-    H, W, d, tiles, images,
+    H, W, d, stored, images,
     x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route, C_image, C_pixel, C_route,
     FORTH: tl.constexpr, BACK: tl.constexpr, COLUMNS: tl.constexpr, CONTINUOUS: tl.constexpr,
     K: tl.constexpr, N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
@@ -273,59 +332,49 @@ def outputs(
 ):  # fmt: skip
     """Adds what a route (FORTH) and its reverse (BACK) give to what earlier launches gave; -1 is no route.
 
-    Programs take the tiles of all images in turn: the states before them are known.
+    Programs share the tiles of all images: the states before them are known.
     """
     blocks = tl.cdiv(d, C)
     channel = tl.program_id(0) % blocks * C + tl.arange(0, C)
     program, programs = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
-    L = H * W
+    length, pieces = _lines(H, W, COLUMNS, CONTINUOUS, T)
+    tiles = H * W // length * pieces
     token = tl.arange(0, T)
-    forth_projection, back_projection, forth_shift, back_shift = None, None, None, None
-    if weight is not None:
-        if FORTH >= 0:
-            forth_projection = _projection(weight, FORTH, channel, d, R, RP)
-        if BACK >= 0:
-            back_projection = _projection(weight, BACK, channel, d, R, RP)
-    if bias is not None:
-        if FORTH >= 0:
-            forth_shift = _vector(bias + FORTH * d, channel, d)
-        if BACK >= 0:
-            back_shift = _vector(bias + BACK * d, channel, d)
     skip = tl.zeros((C,), tl.float32)
-    if D is not None:
-        if FORTH >= 0:
-            skip += _vector(D + FORTH * d, channel, d)
-        if BACK >= 0:
-            skip += _vector(D + BACK * d, channel, d)
+    if FORTH >= 0:
+        forth_projection, forth_shift, forth_skip = _constants(weight, bias, D, FORTH, channel, d, R, RP)
+        skip += forth_skip
+    if BACK >= 0:
+        back_projection, back_shift, back_skip = _constants(weight, bias, D, BACK, channel, d, R, RP)
+        skip += back_skip
     each = tl.cdiv(images * tiles, programs)
     for i in range(program * each, tl.minimum(program * each + each, images * tiles)):
         image = (i // tiles).to(tl.int64)
         tile = i % tiles
-        t = tile * T + token
-        real = t < L
-        pixel = t
-        if COLUMNS or CONTINUOUS:
-            pixel = _pixel(t, H, W, COLUMNS, CONTINUOUS)
-        values = _tile(x + image * x_image, pixel, x_pixel, channel, real, d)
+        place = _places(tile, token, H, W, COLUMNS, CONTINUOUS, True, False, T)
+        pixel, stride, real = place[0].to(tl.int64), place[1], place[4]
+        values = _tile(x + image * x_image + pixel * x_pixel, token * (stride * x_pixel), channel, real, d)
+        values = values.to(tl.float32)
         y = skip[None, :] * values
+        spot, offset = (image * (H * W) + pixel) * d, token * (stride * d)
         if earlier is not None:
-            y += _tile(earlier + image * L * d, pixel, d, channel, real, d)
+            y += _tile(earlier + spot, offset, channel, real, d)
         if FORTH >= 0:
-            y += _route_output(
-                values, delta + image * delta_image + FORTH * delta_route, forth_projection, forth_shift, A,
+            y = _route_output(
+                y, values, delta + image * delta_image + FORTH * delta_route, forth_projection, forth_shift, A,
                 B + image * B_image + FORTH * B_route, Cm + image * C_image + FORTH * C_route, direction_B, states,
-                t, pixel, real, channel, token, image, tile, L, H, W, d, tiles, delta_pixel, B_pixel, C_pixel,
-                FORTH, K, N, R, RP, T, C, SOFTPLUS, ROUTED, COLUMNS, False,
+                tile, token, channel, image, H, W, d, stored, delta_pixel, B_pixel, C_pixel,
+                FORTH, K, N, R, RP, T, C, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, False,
             )  # fmt: skip
         if BACK >= 0:
-            y += _route_output(
-                values, delta + image * delta_image + BACK * delta_route, back_projection, back_shift, A,
+            y = _route_output(
+                y, values, delta + image * delta_image + BACK * delta_route, back_projection, back_shift, A,
                 B + image * B_image + BACK * B_route, Cm + image * C_image + BACK * C_route, direction_B, states,
-                t, pixel, real, channel, token, image, tile, L, H, W, d, tiles, delta_pixel, B_pixel, C_pixel,
-                BACK, K, N, R, RP, T, C, SOFTPLUS, ROUTED, COLUMNS, True,
+                tile, token, channel, image, H, W, d, stored, delta_pixel, B_pixel, C_pixel,
+                BACK, K, N, R, RP, T, C, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, True,
             )  # fmt: skip
-        where = image * L * d + pixel[:, None] * d + channel[None, :]
-        tl.store(out + where, y.to(out.dtype.element_ty), mask=real[:, None] & (channel < d)[None, :])
+        where = offset[:, None] + channel[None, :]
+        tl.store(out + spot + where, y.to(out.dtype.element_ty), mask=real[:, None] & (channel < d)[None, :])
 
 
 @triton.jit
@@ -341,85 +390,107 @@ def _before(decay, drive, driver, state, token, LAST: tl.constexpr, BACKWARDS: t
 
 @triton.jit
 def _route_gradients(
-    values, grads, grad_x, rates, delta, weight, projection, shift, A, B, Cm, direction_B, states, adjoints,
-    token_parts, grad_delta, parameters, t, pixel, real, channel, token, image, tile,
-    L, H, W, d, tiles, delta_pixel, B_pixel, C_pixel,
+    grad_out, x, delta, weight, bias, A, B, Cm, D, direction_B, states, adjoints, earlier, grad_x, grad_delta,
+    token_parts, parameter_parts, block, channel, begin, end, tiles,
+    H, W, d, stored, images,
+    x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route, C_image, C_pixel, C_route,
     k: tl.constexpr, K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     MP: tl.constexpr, T: tl.constexpr, C: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr,
-    COLUMNS: tl.constexpr, BACKWARDS: tl.constexpr, TOKEN_PRECISION: tl.constexpr, WEIGHT_PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, CONTINUOUS: tl.constexpr, BACKWARDS: tl.constexpr,
+    TOKEN_PRECISION: tl.constexpr, WEIGHT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds one route's gradients of a tile to those of x, of the rates and of the projection of steps.
+    """Gradients of some tiles through one route: adds that of x to an earlier one, and leaves parts of all others.
 
     Sums over channels, of the gradients of what steps are projected from, of B and of C, are columns of one matrix.
     """
-    row = pixel
-    if not ROUTED:
-        row = L - 1 - t if BACKWARDS else t
-    steps, z, positive = _steps(delta, projection, shift, row, delta_pixel, channel, real, d, T, C, R, RP, SOFTPLUS)
-    column, place = tl.arange(0, MP), tl.arange(0, NP)
-    sums = tl.zeros((T, MP), tl.float32)
-    through, by_steps = tl.zeros((T, C), tl.float32), tl.zeros((T, C), tl.float32)
-    where = ((image * K + k) * tiles + tile) * N * d
-    for n in range(N):
-        rate = _vector(A + k * d * N + n, channel * N, d * N)
-        map = _drive_map(B, direction_B, n, row, B_pixel, real, t, L, H, W, COLUMNS, BACKWARDS, N)[:, None]
-        read = tl.load(Cm + row * C_pixel + n, mask=real, other=0.0).to(tl.float32)[:, None]
-        decay = tl.exp2(steps * (rate * LOG2E)[None, :])
-        drive = steps * values * map
-        h = _scanned(decay, drive, _vector(states + where + n * d, channel, d), token, T - 1, BACKWARDS)
-        driver = read * grads
-        adjoint = _vector(adjoints + where + n * d, channel, d)
-        adjoint = _before(decay, decay * driver, driver, adjoint, token, T - 1, not BACKWARDS)
-        kept = h - drive
-        through += adjoint * map
-        by_steps += adjoint * (rate[None, :] * kept + map * values)
-        rates += tl.where(place[:, None] == n, tl.sum(adjoint * steps * kept, 0)[None, :], 0.0)
-        into = tl.where(column[None, :] == R + n, 1.0, 0.0) + tl.zeros((C, MP), tl.float32)
-        sums = tl.dot(adjoint * steps * values, into, sums, input_precision=TOKEN_PRECISION)
-        into = tl.where(column[None, :] == R + N + n, 1.0, 0.0) + tl.zeros((C, MP), tl.float32)
-        sums = tl.dot(h * grads, into, sums, input_precision=TOKEN_PRECISION)
-    if SOFTPLUS:
-        by_steps *= tl.where(positive, 1.0, z) / (1.0 + z)
-    right = tl.where(column[None, :] == R, 1.0, 0.0) + tl.zeros((T, MP), tl.float32)
-    if weight is None:
-        spots = row[:, None] * (K * d) + channel[None, :]
-        mask = real[:, None] & (channel < d)[None, :]
-        tl.store(grad_delta + k * d + spots, by_steps.to(grad_delta.dtype.element_ty), mask=mask)
-    else:
-        spots = (k * d + channel)[:, None] * R + column[None, :]
-        wide = tl.load(weight + spots, mask=(channel < d)[:, None] & (column < R)[None, :], other=0.0).to(tl.float32)
-        sums = tl.dot(by_steps, wide, sums, input_precision=TOKEN_PRECISION)
-        right += _low(delta, row, delta_pixel, real, R, MP).to(tl.float32)
+    token, column, place = tl.arange(0, T), tl.arange(0, MP), tl.arange(0, NP)
     M: tl.constexpr = R + 2 * N
-    spots = row[:, None] * (K * M) + k * M + column[None, :]
-    tl.store(token_parts + spots, sums, mask=real[:, None] & (column < M)[None, :])
-    parameters = tl.dot(tl.trans(by_steps), right, parameters, input_precision=WEIGHT_PRECISION)
-    return grad_x + steps * through, rates, parameters
-
-
-@triton.jit
-def _store_parameters(
-    parts, parameters, rates, skip, channel, d, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, MP: tl.constexpr,
-):  # fmt: skip
-    """A program's sums for one route: those of the projection and of its bias, of the rates, and of the skip."""
     P: tl.constexpr = R + N + 2
-    column, n = tl.arange(0, MP), tl.arange(0, NP)
+    projection, shift, skip = _constants(weight, bias, D, k, channel, d, R, RP)
+    delta += k * delta_route
+    B += k * B_route
+    Cm += k * C_route
+    rates, by_skip = tl.zeros((NP, C), tl.float32), tl.zeros((C,), tl.float32)
+    parameters = tl.zeros((C, MP), tl.float32)
+    for i in range(begin, end):
+        image = (i // tiles).to(tl.int64)
+        tile = i % tiles
+        pixel, stride, row, row_stride, real, line, first = _places(
+            tile, token, H, W, COLUMNS, CONTINUOUS, ROUTED, BACKWARDS, T
+        )
+        pixel, row = pixel.to(tl.int64), row.to(tl.int64)
+        values = _tile(x + image * x_image + pixel * x_pixel, token * (stride * x_pixel), channel, real, d)
+        values = values.to(tl.float32)
+        spot, offset = (image * (H * W) + pixel) * d, token * (stride * d)
+        grads = _tile(grad_out + spot, offset, channel, real, d).to(tl.float32)
+        by_skip += tl.sum(values * grads, 0)
+        source = delta + image * delta_image + row * delta_pixel
+        source_offset = token * (row_stride * delta_pixel)
+        sources = _sources(source, source_offset, channel, real, d, R, RP)
+        steps, z, positive = _steps(sources, projection, shift, real, T, C, SOFTPLUS)
+        sums = tl.zeros((T, MP), tl.float32)
+        through, by_steps = tl.zeros((T, C), tl.float32), tl.zeros((T, C), tl.float32)
+        where = ((image * K + k) * stored + tile) * N * d
+        for n in range(N):
+            rate = _vector(A + k * d * N + n, channel * N, d * N)
+            map = _drive_map(
+                B + image * B_image + row * B_pixel, direction_B, n, token * (row_stride * B_pixel), real,
+                token, line, first, H, W, COLUMNS, BACKWARDS, N,
+            )[:, None]  # fmt: skip
+            read = Cm + image * C_image + row * C_pixel + token * (row_stride * C_pixel) + n
+            read = tl.load(read, mask=real, other=0.0).to(tl.float32)[:, None]
+            decay = tl.exp2(steps * (rate * LOG2E)[None, :])
+            drive = steps * values * map
+            h = _scanned(decay, drive, _vector(states + where + n * d, channel, d), token, T - 1, BACKWARDS)
+            driver = read * grads
+            adjoint = _vector(adjoints + where + n * d, channel, d)
+            adjoint = _before(decay, decay * driver, driver, adjoint, token, T - 1, not BACKWARDS)
+            kept = h - drive
+            through += adjoint * map
+            by_steps += adjoint * (rate[None, :] * kept + map * values)
+            rates += tl.where(place[:, None] == n, tl.sum(adjoint * steps * kept, 0)[None, :], 0.0)
+            into = tl.where(column[None, :] == R + n, 1.0, 0.0) + tl.zeros((C, MP), tl.float32)
+            sums = tl.dot(adjoint * steps * values, into, sums, input_precision=TOKEN_PRECISION)
+            into = tl.where(column[None, :] == R + N + n, 1.0, 0.0) + tl.zeros((C, MP), tl.float32)
+            sums = tl.dot(h * grads, into, sums, input_precision=TOKEN_PRECISION)
+        if SOFTPLUS:
+            by_steps *= tl.where(positive, 1.0, z) / (1.0 + z)
+        by_steps = tl.where(real[:, None], by_steps, 0.0)
+        mask = real[:, None] & (channel < d)[None, :]
+        total = skip[None, :] * grads + steps * through
+        if earlier is not None:
+            total += _tile(earlier + spot, offset, channel, real, d)
+        tl.store(grad_x + spot + (offset[:, None] + channel[None, :]), total.to(grad_x.dtype.element_ty), mask=mask)
+        right = tl.where(column[None, :] == R, 1.0, 0.0) + tl.zeros((T, MP), tl.float32)
+        if weight is None:
+            spots = ((image * (H * W) + row) * K + k) * d + (token * (row_stride * K * d))[:, None] + channel[None, :]
+            tl.store(grad_delta + spots, by_steps.to(grad_delta.dtype.element_ty), mask=mask)
+        else:
+            spots = (k * d + channel)[:, None] * R + column[None, :]
+            wide = tl.load(weight + spots, mask=(channel < d)[:, None] & (column < R)[None, :], other=0.0)
+            sums = tl.dot(by_steps, wide.to(tl.float32), sums, input_precision=TOKEN_PRECISION)
+            right += _sources(source, source_offset, channel, real, d, R, MP).to(tl.float32)
+        spots = (((block * images + image) * (H * W) + row) * K + k) * M
+        spots += (token * (row_stride * K * M))[:, None] + column[None, :]
+        tl.store(token_parts + spots, sums, mask=real[:, None] & (column < M)[None, :])
+        parameters = tl.dot(tl.trans(by_steps), right, parameters, input_precision=WEIGHT_PRECISION)
+    parts = parameter_parts + k * d * P
     inside = channel < d
     spots = channel[:, None] * P + column[None, :]
     tl.store(parts + spots, parameters, mask=inside[:, None] & (column <= R)[None, :])
-    spots = channel[None, :] * P + R + 1 + n[:, None]
-    tl.store(parts + spots, rates, mask=inside[None, :] & (n < N)[:, None])
-    tl.store(parts + channel * P + R + 1 + N, skip, mask=inside)
+    spots = channel[None, :] * P + R + 1 + place[:, None]
+    tl.store(parts + spots, rates, mask=inside[None, :] & (place < N)[:, None])
+    tl.store(parts + channel * P + R + 1 + N, by_skip, mask=inside)
 
 
 @triton.jit(do_not_specialize=[
-    "H", "W", "d", "tiles", "images", "x_image", "x_pixel", "delta_image", "delta_pixel", "delta_route",
+    "H", "W", "d", "stored", "images", "x_image", "x_pixel", "delta_image", "delta_pixel", "delta_route",
     "B_image", "B_pixel", "B_route", "C_image", "C_pixel", "C_route",
 ])  # fmt: skip
 def gradients(
     grad_out, x, delta, weight, bias, A, B, Cm, D, direction_B, states, adjoints, earlier,
-    grad_x, grad_delta, token_parts, parameter_parts,
-    H, W, d, tiles, images,
+    between, grad_x, grad_delta, token_parts, parameter_parts,
+    H, W, d, stored, images,
     x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route, C_image, C_pixel, C_route,
     FORTH: tl.constexpr, BACK: tl.constexpr, COLUMNS: tl.constexpr, CONTINUOUS: tl.constexpr,
     K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, MP: tl.constexpr,
@@ -428,78 +499,36 @@ def gradients(
 ):  # fmt: skip
     """Gradients through a route and its reverse: that of x, and parts of those of all else.
 
-    Of sums over channels each block leaves its part, (blocks, B, L, K, r + 2 N), and of sums over tokens each program,
-    (programs, K, d, r + N + 2).
+    Of sums over channels each block leaves its part, (blocks, B, L, K, R + 2 N), and of sums over tokens each program,
+    (programs, K, d, R + N + 2). A program takes its tiles by one route and then by the other, which finds them in the
+    cache: the sums of both do not fit into registers.
     """
     blocks = tl.cdiv(d, C)
     block = tl.program_id(0) % blocks
     channel = block * C + tl.arange(0, C)
     program, programs = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
-    L = H * W
-    token = tl.arange(0, T)
-    forth_projection, back_projection, forth_shift, back_shift = None, None, None, None
-    if weight is not None:
-        if FORTH >= 0:
-            forth_projection = _projection(weight, FORTH, channel, d, R, RP)
-        if BACK >= 0:
-            back_projection = _projection(weight, BACK, channel, d, R, RP)
-    if bias is not None:
-        if FORTH >= 0:
-            forth_shift = _vector(bias + FORTH * d, channel, d)
-        if BACK >= 0:
-            back_shift = _vector(bias + BACK * d, channel, d)
-    skip = tl.zeros((C,), tl.float32)
-    if D is not None:
-        if FORTH >= 0:
-            skip += _vector(D + FORTH * d, channel, d)
-        if BACK >= 0:
-            skip += _vector(D + BACK * d, channel, d)
-    by_skip = tl.zeros((C,), tl.float32)
-    forth_rates, back_rates = tl.zeros((NP, C), tl.float32), tl.zeros((NP, C), tl.float32)
-    forth_parameters, back_parameters = tl.zeros((C, MP), tl.float32), tl.zeros((C, MP), tl.float32)
-    M: tl.constexpr = R + 2 * N
+    length, pieces = _lines(H, W, COLUMNS, CONTINUOUS, T)
+    tiles = H * W // length * pieces
     each = tl.cdiv(images * tiles, programs)
-    for i in range(program * each, tl.minimum(program * each + each, images * tiles)):
-        image = (i // tiles).to(tl.int64)
-        tile = i % tiles
-        t = tile * T + token
-        real = t < L
-        pixel = t
-        if COLUMNS or CONTINUOUS:
-            pixel = _pixel(t, H, W, COLUMNS, CONTINUOUS)
-        values = _tile(x + image * x_image, pixel, x_pixel, channel, real, d)
-        grads = _tile(grad_out + image * L * d, pixel, d, channel, real, d)
-        by_skip += tl.sum(values * grads, 0)
-        total = skip[None, :] * grads
-        if earlier is not None:
-            total += _tile(earlier + image * L * d, pixel, d, channel, real, d)
-        own_parts = token_parts + (block * images + image) * L * (K * M)
-        own_delta = grad_delta
-        if weight is None:
-            own_delta += image * L * (K * d)
-        if FORTH >= 0:
-            total, forth_rates, forth_parameters = _route_gradients(
-                values, grads, total, forth_rates, delta + image * delta_image + FORTH * delta_route, weight,
-                forth_projection, forth_shift, A, B + image * B_image + FORTH * B_route,
-                Cm + image * C_image + FORTH * C_route, direction_B, states, adjoints, own_parts, own_delta,
-                forth_parameters, t, pixel, real, channel, token, image, tile,
-                L, H, W, d, tiles, delta_pixel, B_pixel, C_pixel, FORTH, K, N, NP, R, RP, MP, T, C,
-                SOFTPLUS, ROUTED, COLUMNS, False, TOKEN_PRECISION, WEIGHT_PRECISION,
-            )  # fmt: skip
-        if BACK >= 0:
-            total, back_rates, back_parameters = _route_gradients(
-                values, grads, total, back_rates, delta + image * delta_image + BACK * delta_route, weight,
-                back_projection, back_shift, A, B + image * B_image + BACK * B_route,
-                Cm + image * C_image + BACK * C_route, direction_B, states, adjoints, own_parts, own_delta,
-                back_parameters, t, pixel, real, channel, token, image, tile,
-                L, H, W, d, tiles, delta_pixel, B_pixel, C_pixel, BACK, K, N, NP, R, RP, MP, T, C,
-                SOFTPLUS, ROUTED, COLUMNS, True, TOKEN_PRECISION, WEIGHT_PRECISION,
-            )  # fmt: skip
-        where = image * L * d + pixel[:, None] * d + channel[None, :]
-        tl.store(grad_x + where, total.to(grad_x.dtype.element_ty), mask=real[:, None] & (channel < d)[None, :])
-    P: tl.constexpr = R + N + 2
-    parts = parameter_parts + program.to(tl.int64) * K * d * P
+    begin, end = program * each, tl.minimum(program * each + each, images * tiles)
+    parts = parameter_parts + program.to(tl.int64) * (K * (R + N + 2)) * d
     if FORTH >= 0:
-        _store_parameters(parts + FORTH * d * P, forth_parameters, forth_rates, by_skip, channel, d, N, NP, R, MP)
+        _route_gradients(
+            grad_out, x, delta, weight, bias, A, B, Cm, D, direction_B, states, adjoints,
+            earlier, between if BACK >= 0 else grad_x, grad_delta, token_parts, parts,
+            block, channel, begin, end, tiles, H, W, d, stored, images,
+            x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
+            C_image, C_pixel, C_route, FORTH, K, N, NP, R, RP, MP, T, C, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, False,
+            TOKEN_PRECISION, WEIGHT_PRECISION,
+        )  # fmt: skip
+    if FORTH >= 0 and BACK >= 0:
+        tl.debug_barrier()
     if BACK >= 0:
-        _store_parameters(parts + BACK * d * P, back_parameters, back_rates, by_skip, channel, d, N, NP, R, MP)
+        _route_gradients(
+            grad_out, x, delta, weight, bias, A, B, Cm, D, direction_B, states, adjoints,
+            between if FORTH >= 0 else earlier, grad_x, grad_delta, token_parts, parts,
+            block, channel, begin, end, tiles, H, W, d, stored, images,
+            x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
+            C_image, C_pixel, C_route, BACK, K, N, NP, R, RP, MP, T, C, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, True,
+            TOKEN_PRECISION, WEIGHT_PRECISION,
+        )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -60,7 +60,7 @@ class _Call:
         self.N, self.K = int(A.shape[-1]), len(self.codes)
         self.R = 0 if weight is None else int(weight.shape[-1])
         self.states = tiles.states(int(self.d))
-        self.tiles = -(-(self.H * self.W) // self.states.tokens)
+        self.stored = tiles.stored(self.codes, self.H, self.W, self.states.tokens)
         self.constants = {
             "K": self.K,
             "N": self.N,
@@ -74,7 +74,7 @@ class _Call:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return self.H, self.W, self.d, self.tiles
+        return self.H, self.W, self.d, self.stored
 
     def blocks(self, tile: tiles.Tile) -> int:
         return -(-self.d // tile.channels)
@@ -82,7 +82,7 @@ class _Call:
     def programs(self, tile: tiles.Tile) -> int:
         """Programs for each block of channels, of the kernels that take tiles in turn."""
         enough = tile.per_sm * gpu.multiprocessors(self.x.data.device) // self.blocks(tile)
-        return min(self.images * self.tiles, max(1, enough))
+        return min(self.images * self.stored, max(1, enough))
 
     def groups(self) -> Iterator[tuple[int, int, int]]:
         """Launches: a route, its reverse (-1 where there is none), and the code of their order."""
@@ -112,11 +112,11 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _states(call: _Call, x: _Map, B: _Map, direction_B: Tensor | None, adjoint: bool) -> Tensor:
     """States before tiles, (B, K, tiles, N, d), or with `adjoint` those of their gradients."""
     device, tile = x.data.device, call.states
-    out = x.data.new_empty((call.images, call.K, call.tiles, call.N, call.d), dtype=torch.float32)
+    out = x.data.new_empty((call.images, call.K, call.stored, call.N, call.d), dtype=torch.float32)
     if not call.images:
         return out
     sequences = call.images * call.K * call.N * call.blocks(tile)
-    segments = tiles.segments(sequences, call.tiles, tile.per_sm * gpu.multiprocessors(device))
+    segments = tiles.segments(sequences, call.stored, tile.per_sm * gpu.multiprocessors(device))
     ends = None, None
     if segments > 1:
         shape = (call.images, call.K, segments, call.N, call.d)
@@ -161,12 +161,11 @@ def backward(grad_out: Tensor, states: Tensor, *arguments: Any) -> tuple[Tensor,
     with gpu.on(x.device):
         adjoints = _states(call, _pitched(grad_out), call.C, None, adjoint=True)
         groups = list(call.groups())
-        single = x.dtype == torch.float32 or len(groups) == 1
-        between = grad_x if single else torch.empty_like(grad_x, dtype=torch.float32)
+        between = grad_x if x.dtype == torch.float32 else torch.empty_like(grad_x, dtype=torch.float32)
         for place, group in enumerate(groups):
             into = grad_x if place == len(groups) - 1 else between
             _gradients(
-                call, tile, grad_out, states, adjoints, between if place else None, into, grad_delta,
+                call, tile, grad_out, states, adjoints, between if place else None, between, into, grad_delta,
                 token_parts, parameter_parts, group,
             )  # fmt: skip
     return _assembled(call, arguments, grad_x, grad_delta, token_parts.sum(0), parameter_parts.sum(0))
@@ -179,6 +178,7 @@ def _gradients(
     states: Tensor,
     adjoints: Tensor,
     earlier: Tensor | None,
+    between: Tensor,
     grad_x: Tensor,
     grad_delta: Tensor | None,
     token_parts: Tensor,
@@ -197,7 +197,7 @@ def _gradients(
 
     launchable(kernels.gradients)[(call.programs(tile) * call.blocks(tile),)](
         grad_out, call.x.data, call.delta.data, weight, call.bias, call.A, call.B.data, call.C.data, call.D,
-        call.direction_B, states, adjoints, earlier, grad_x, grad_delta, token_parts, parameter_parts,
+        call.direction_B, states, adjoints, earlier, between, grad_x, grad_delta, token_parts, parameter_parts,
         *call.sizes, call.images, *call.x.strides, *call.delta.strides, *call.B.strides, *call.C.strides,
         FORTH=forth, BACK=back, COLUMNS=order & COLUMNS != 0, CONTINUOUS=order & CONTINUOUS != 0,
         NP=tiles.power_of_two(call.N, 1), MP=tiles.power_of_two(call.R + 2 * call.N), C=tile.channels,

@@ -5,7 +5,10 @@ Chosen by reasoning, not yet by measurement: see the README's account of instruc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from .routes import COLUMNS, CONTINUOUS, REVERSE
 
 MAX_SEGMENTS = 64
 """Segments of a sequence at most: each program walks through the ends of those before its own."""
@@ -43,6 +46,17 @@ def outputs(d: int) -> Tile:
 def gradients(d: int) -> Tile:
     """Tile of the kernel of gradients. Each program leaves sums for all parameters of its channels."""
     return Tile(16, _channels(d), per_sm=16)
+
+
+def stored(codes: Sequence[int], H: int, W: int, tokens: int) -> int:
+    """Tiles of the order that has the most of them: rows one after the other are one line, all else are lines apart."""
+    counts = []
+    for code in dict.fromkeys(code & ~REVERSE for code in codes):
+        if code & COLUMNS:
+            counts.append(W * -(-H // tokens))
+        else:
+            counts.append(H * -(-W // tokens) if code & CONTINUOUS else -(-(H * W) // tokens))
+    return max(counts)
 
 
 def segments(programs: int, tiles: int, wanted: int) -> int:
