@@ -68,18 +68,20 @@ def tiled(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Til
 
 @lru_cache(maxsize=256)
 def whole(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Tile | None:
-    """Tiles of 16 queries whose windows fit one block of at most 128 keys, a warp each; None if there are none."""
-    del kind  # for now
-    vectors = power_of_two(d) * itemsize
+    """Tiles of 16 queries whose windows fit one block of keys, a warp each; None if there are none.
+
+    A thread holds a quarter of the logits of a query, what is added to them, and its part of the keys: beyond 128 keys,
+    or 4096 numbers of them, that is more than its registers.
+    """
+    del kind  # one choice serves both
     found: dict[Tile, float] = {}
     for tile in _boxes(16):
         reach = (min(side + more - 1, size) for side, more, size in zip(tile, kernel, sizes, strict=True))
         z, y, x = (1 << (n - 1).bit_length() for n in reach)
         block = (z, max(y, -(-16 // (z * x))), x)  # at least what a matrix unit takes
         keys = math.prod(block)
-        for stack in (4, 2):
-            # Keys and values one after the other pass through shared memory, and stay below 64 KiB for two programs.
-            if itemsize == 2 and keys <= 128 and stack * keys * vectors <= 2**16:
+        if itemsize == 2 and keys <= 128 and keys * power_of_two(d) <= 4096:
+            for stack in (4, 2):
                 grown = (tile[0], tile[1] * stack, tile[2])
                 found[Tile(tile, block, warps=stack, stages=1, per_sm=8, stack=stack)] = _waste(grown, sizes) * keys
     return min(found, key=lambda tile: found[tile], default=None)
