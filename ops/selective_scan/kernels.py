@@ -76,24 +76,45 @@ def _tokens(T: tl.constexpr, FLAT: tl.constexpr):
 
 
 @triton.jit
-def _states(decay, drive, state, T: tl.constexpr, FLAT: tl.constexpr, REVERSE: tl.constexpr):
-    """State at each token of a tile, and after it."""
-    FIRST: tl.constexpr = T - 1 if REVERSE else 0
-    token = _tokens(T, FLAT)
-    drive = tl.where(token == FIRST, drive + decay * _with_tokens(state, FLAT), drive)
-    _, h = tl.associative_scan((decay, drive), 0, _then, reverse=REVERSE)
-    return h, _over_tokens(tl.where(token == T - 1 - FIRST, h, 0.0), FLAT)
+def _flipped(x, LOG_T: tl.constexpr):
+    """Tokens the other way round, by swapping halves, quarters and so on: where a thread has them all, registers get
+    other names and nothing is computed. (Scans that go backward move everything between threads to flip it.)
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    for i in tl.static_range(LOG_T):
+        bits = tl.reshape(bits, (2**i, 2, x.numel // 2 ** (i + 1)))
+        bits ^= tl.xor_sum(bits, 1, keep_dims=True)
+    return tl.reshape(bits, x.shape).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _adjoints(decay, direct, flow, T: tl.constexpr, FLAT: tl.constexpr, REVERSE: tl.constexpr):
+def _states(decay, drive, state, LOG_T: tl.constexpr, FLAT: tl.constexpr, REVERSE: tl.constexpr):
+    """State at each token of a tile, and after it."""
+    LAST: tl.constexpr = 2**LOG_T - 1
+    token = _tokens(LAST + 1, FLAT)
+    drive = tl.where(token == (LAST if REVERSE else 0), drive + decay * _with_tokens(state, FLAT), drive)
+    if REVERSE and not FLAT:
+        _, h = tl.associative_scan((_flipped(decay, LOG_T), _flipped(drive, LOG_T)), 0, _then)
+        h = _flipped(h, LOG_T)
+    else:
+        _, h = tl.associative_scan((decay, drive), 0, _then, reverse=REVERSE)
+    return h, _over_tokens(tl.where(token == (0 if REVERSE else LAST), h, 0.0), FLAT)
+
+
+@triton.jit
+def _adjoints(decay, direct, flow, LOG_T: tl.constexpr, FLAT: tl.constexpr, REVERSE: tl.constexpr):
     """Gradient of the state at each token of a tile, and what flows out to the token before it."""
-    FIRST: tl.constexpr = T - 1 if REVERSE else 0
-    token = _tokens(T, FLAT)
-    direct = tl.where(token == T - 1 - FIRST, direct + _with_tokens(flow, FLAT), direct)
+    LAST: tl.constexpr = 2**LOG_T - 1
+    token = _tokens(LAST + 1, FLAT)
+    direct = tl.where(token == (0 if REVERSE else LAST), direct + _with_tokens(flow, FLAT), direct)
     one = tl.full(decay.shape, 1.0, tl.float32)
-    _, _, gradient = tl.associative_scan((decay, one, direct), 0, _then_back, reverse=not REVERSE)
-    return gradient, _over_tokens(tl.where(token == FIRST, decay * gradient, 0.0), FLAT)
+    if REVERSE or FLAT:
+        _, _, grad = tl.associative_scan((decay, one, direct), 0, _then_back, reverse=not REVERSE)
+    else:
+        flipped = (_flipped(decay, LOG_T), one, _flipped(direct, LOG_T))
+        _, _, grad = tl.associative_scan(flipped, 0, _then_back)
+        grad = _flipped(grad, LOG_T)
+    return grad, _over_tokens(tl.where(token == (LAST if REVERSE else 0), decay * grad, 0.0), FLAT)
 
 
 @triton.jit
@@ -142,6 +163,11 @@ def _load_map(pointer, real, there, FLAT: tl.constexpr):
     """A tile of B or C in float32. In flat tiles each thread reads what its channels need, as it reads u."""
     if FLAT:
         tile = tl.load(tl.broadcast_to(pointer, real.shape), mask=real, other=0.0)
+    elif there.shape[1] == 1:
+        # As many places as threads of a warp, so that each token is read by one of them, not all of them by each.
+        reader = tl.arange(0, 32)[None, :]
+        tile = tl.load(tl.broadcast_to(pointer, (there.shape[0], 32)), mask=there & (reader == 0), other=0.0)
+        tile = tl.sum(tile.to(tl.float32), 1, keep_dims=True)
     else:
         tile = tl.load(pointer, mask=there, other=0.0)
     return tile.to(tl.float32)
@@ -199,7 +225,7 @@ def forward(
     u_b, u_c, u_t, delta_b, delta_c, delta_t, z_b, z_c, z_t, out_b, out_c, out_t,
     B_b, B_g, B_n, B_t, C_b, C_g, C_n, C_t,
     GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr,
-    T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
+    LOG_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Output; the state at the start of each tile, (batch, tiles, N, channels), and the last, (batch, N, channels).
@@ -207,6 +233,7 @@ def forward(
     `start` holds the state before each split, (batch, splits, N, channels). What is None is zero, or not written.
     """
     batch, split, group, _block, channel, mine = _place(splits, BLOCKS, GROUPS, EACH, BLOCK_C)
+    T: tl.constexpr = 2**LOG_T
     CHANNELS: tl.constexpr = GROUPS * EACH
     L = _multiple(L, ALIGN)
     u += _offsets(batch, channel, _multiple(u_b, ALIGN), _multiple(u_c, ALIGN), u_t, T)
@@ -239,7 +266,7 @@ def forward(
         c = _load_map(C + first * C_t, real, there, FLAT)
         decay = tl.exp2(_with_states(step, FLAT) * _with_tokens(rate, FLAT))
         drive = _with_states(step * x, FLAT) * _with_channels(b, FLAT)
-        h, state = _states(decay, drive, state, T, FLAT, REVERSE)
+        h, state = _states(decay, drive, state, LOG_T, FLAT, REVERSE)
         y = _over_states(h * _with_channels(c, FLAT), FLAT) + skip * x
         if z is not None:
             gate = tl.load(z + first * z_t, mask=real, other=0.0).to(tl.float32)
@@ -258,7 +285,7 @@ def backward(
     g_b, g_c, g_t, u_b, u_c, u_t, delta_b, delta_c, delta_t, z_b, z_c, z_t, out_b, out_c, out_t,
     B_b, B_g, B_n, B_t, C_b, C_g, C_n, C_t, part, part_b, part_g, part_n, part_t,
     GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr,
-    T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
+    LOG_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of u, delta and z; each block's part of those of B and C, each program's of those of A, D and bias.
@@ -268,6 +295,7 @@ def backward(
     (batch, splits, channels).
     """
     batch, split, group, block, channel, mine = _place(splits, BLOCKS, GROUPS, EACH, BLOCK_C)
+    T: tl.constexpr = 2**LOG_T
     CHANNELS: tl.constexpr = GROUPS * EACH
     L = _multiple(L, ALIGN)
     grad += _offsets(batch, channel, _multiple(g_b, ALIGN), _multiple(g_c, ALIGN), g_t, T)
@@ -308,7 +336,7 @@ def backward(
         by_y = tl.load(grad + first * g_t, mask=real, other=0.0).to(tl.float32)
         decay = tl.exp2(_with_states(step, FLAT) * _with_tokens(rate, FLAT))
         drive = _with_states(step * x, FLAT) * _with_channels(b, FLAT)
-        h, _state = _states(decay, drive, state, T, FLAT, REVERSE)
+        h, _state = _states(decay, drive, state, LOG_T, FLAT, REVERSE)
         if z is not None:
             gate = tl.load(z + first * z_t, mask=real, other=0.0).to(tl.float32)
             open = _sigmoid(gate)
@@ -317,7 +345,7 @@ def backward(
             tl.store(grad_z + places + first * out_t, by_z.to(grad_z.dtype.element_ty), mask=real)
             by_y *= gate * open
         direct = _with_states(by_y, FLAT) * _with_channels(c, FLAT)
-        by_h, flow = _adjoints(decay, direct, flow, T, FLAT, REVERSE)
+        by_h, flow = _adjoints(decay, direct, flow, LOG_T, FLAT, REVERSE)
         # Of the decayed state before: what has come in is known, and taken off again.
         by_decay = by_h * (h - drive)
         by_drive = _over_states(by_h * _with_channels(b, FLAT), FLAT)
@@ -354,7 +382,7 @@ def split_ends(
     x, delta, A, M, z, bias, ends, sums, L, tiles, tiles_each, splits,
     x_b, x_c, x_t, delta_b, delta_c, delta_t, z_b, z_c, z_t, M_b, M_g, M_n, M_t,
     GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr,
-    T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
+    LOG_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """What each split adds to what flows through it, (batch, splits, N, channels), and the sum of its steps.
@@ -362,6 +390,7 @@ def split_ends(
     Forward, x is u and M is B; backward, x is the gradient of the output and M is C.
     """
     batch, split, group, _block, channel, mine = _place(splits, BLOCKS, GROUPS, EACH, BLOCK_C)
+    T: tl.constexpr = 2**LOG_T
     CHANNELS: tl.constexpr = GROUPS * EACH
     TOWARDS_FIRST: tl.constexpr = REVERSE != BACKWARD
     L = _multiple(L, ALIGN)

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from vizoo.ops import gpu
-from vizoo.ops.registration import launchable
+from vizoo.ops.registration import launchable, register_flops
 from vizoo.ops.tracing import known
 
 from . import kernels, tiles
-from .function import empty_like, empty_map_like
+from .function import FLOPS, empty_like, empty_map_like
+from .tiles import Tile
+
+register_flops(FLOPS)
 
 MAX_STRIDE = 2**20
 """Between neighbouring tokens: offsets within a tile have 32 bits."""
@@ -40,14 +43,16 @@ class Grid:
     tiles_each: int
     splits: int
     constants: dict[str, Any]
-    tile: tiles.Tile
+    tile: Tile
 
     @property
     def programs(self) -> tuple[int]:
+        """As many as there are splits of blocks of channels."""
         return (self.batch * self.splits * self.constants["GROUPS"] * self.constants["BLOCKS"],)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
+        """What kernels take for `L, tiles, tiles_each, splits`."""
         return self.length, self.tiles, self.tiles_each, self.splits
 
 
@@ -77,7 +82,7 @@ def forward(
     flags = {"SOFTPLUS": softplus, "REVERSE": reverse}
     grid = _grid(tiles.forward, u, A, B, tokens, flags, (u, delta, z, out), (B, C))
     kept = u.new_empty((batch, grid.tiles, states, channels) if keep else 0, dtype=torch.float32)
-    A, D, bias, start = _contiguous(A), _contiguous(D), _contiguous(bias), _row(initial_state)
+    A, D, bias, start = A.contiguous(), _contiguous(D), _contiguous(bias), _row(initial_state)
     if not out.numel():
         return out, last.transpose(1, 2), kept
     with gpu.on(u.device):
@@ -120,24 +125,22 @@ def backward(
     grid = _grid(tiles.backward, u, A, B, tokens, flags, (u, delta, z, grad_out, grad_u), (B, C))
     parts = _Parts(u, A, B, grid, D is not None, bias is not None, initial_state is not None)
     if u.numel():
-        A_, D_, bias_, flows = _contiguous(A), _contiguous(D), _contiguous(bias), _row(grad_last)
+        rates, skip, shift, flows = A.contiguous(), _contiguous(D), _contiguous(bias), _row(grad_last)
+        dot = grid.tile.dot and B.element_size() == 2 == C.element_size()
         with gpu.on(u.device):
             if grid.splits > 1:
-                flows = _split_starts(grid, flows, A_, (grad_out, delta, C, z, bias_), backward=True)
+                flows = _split_starts(grid, flows, rates, (grad_out, delta, C, z, shift), backward=True)
             launchable(kernels.backward)[grid.programs](
-                grad_out, u, delta, A_, B, C, D_, z, bias_, kept, flows,
+                grad_out, u, delta, rates, B, C, skip, z, shift, kept, flows,
                 grad_u, grad_delta, grad_z, parts.B, parts.C, parts.A, parts.D, parts.bias, parts.start,
                 *grid.sizes, *_strides(grad_out, u, delta, z, grad_u), *B.stride(), *C.stride(), *parts.B.stride(),
-                **grid.constants, DOT=grid.tile.dot, num_warps=grid.tile.warps,
+                **grid.constants, DOT=dot, num_warps=grid.tile.warps,
             )  # fmt: skip
-    none = u.new_empty(0)
     return (
         grad_u, grad_delta, parts.A.sum((0, 1)).t().contiguous().to(A.dtype),
-        parts.B.sum(0).to(B.dtype), parts.C.sum(0).to(C.dtype),
-        none if D is None or parts.D is None else parts.D.sum((0, 1)).to(D.dtype),
-        u.new_empty(0) if grad_z is None else grad_z,
-        u.new_empty(0) if bias is None or parts.bias is None else parts.bias.sum((0, 1)).to(bias.dtype),
-        u.new_empty(0) if initial_state is None or parts.start is None
+        parts.B.sum(0).to(B.dtype), parts.C.sum(0).to(C.dtype), _total(parts.D, D, u),
+        u.new_empty(0) if grad_z is None else grad_z, _total(parts.bias, bias, u),
+        u.new_empty(0) if parts.start is None or initial_state is None
         else parts.start.transpose(1, 2).to(initial_state.dtype),
     )  # fmt: skip
 
@@ -147,16 +150,21 @@ class _Parts:
 
     def __init__(self, u: Tensor, A: Tensor, B: Tensor, grid: Grid, D: bool, bias: bool, start: bool) -> None:
         batch, channels, _ = u.shape
-        blocks, states = grid.constants["BLOCKS"], A.shape[1]
+        states = A.shape[1]
         # One memory order for both, so that programs have to know of one.
-        self.B, self.C = (empty_map_like(B, blocks) for _ in range(2))
-        rows = batch, grid.splits
-        make = torch.empty if u.numel() else torch.zeros
-        options = {"dtype": torch.float32, "device": u.device}
-        self.A = make((*rows, states, channels), **options)
-        self.D = make((*rows, channels), **options) if D else None
-        self.bias = make((*rows, channels), **options) if bias else None
-        self.start = make((batch, states, channels), **options) if start else None
+        self.B, self.C = (empty_map_like(B, grid.constants["BLOCKS"]) for _ in range(2))
+        self.A = A.new_empty((batch, grid.splits, states, channels), dtype=torch.float32)
+        self.D, self.bias = (
+            A.new_empty((batch, grid.splits, channels), dtype=torch.float32) if there else None for there in (D, bias)
+        )
+        self.start = A.new_empty((batch, states, channels), dtype=torch.float32) if start else None
+
+
+def _total(parts: Tensor | None, parameter: Tensor | None, u: Tensor) -> Tensor:
+    """Gradient of a parameter of each channel; empty if there is none."""
+    if parts is None or parameter is None:
+        return u.new_empty(0)
+    return parts.sum((0, 1)).to(parameter.dtype)
 
 
 def _grid(
@@ -175,8 +183,8 @@ def _grid(
     tiles_each = -(-count // splits)
     constants = {
         "GROUPS": groups, "EACH": each, "BLOCKS": blocks, "N": states,
-        "T": tokens, "BLOCK_N": 1 << (states - 1).bit_length(), "BLOCK_C": tile.channels, "FLAT": flat,
-        "ALIGN": _alignment(sequences, maps), **flags,
+        "LOG_T": tokens.bit_length() - 1, "BLOCK_N": 1 << (states - 1).bit_length(), "BLOCK_C": tile.channels,
+        "FLAT": flat, "ALIGN": _alignment(sequences, maps), **flags,
     }  # fmt: skip
     return Grid(batch, length, count, tiles_each, -(-count // tiles_each), constants, tile)
 

@@ -191,5 +191,5 @@ def _moved(ends: Tensor, state: Tensor, reverse: bool) -> Tensor:
     """The state at the start of each chunk from those at their ends."""
     first = state[..., None, :, :]
     if reverse:
-        return torch.cat((ends[..., 1:, :, :], first), -3)
-    return torch.cat((first, ends[..., :-1, :, :]), -3)
+        return torch.cat((ends, first), -3)[..., 1:, :, :]
+    return torch.cat((first, ends), -3)[..., :-1, :, :]

@@ -8,7 +8,10 @@ from typing import NamedTuple
 from vizoo.ops.tracing import known
 
 LONGEST = 256
-"""Tokens of a tile at most."""
+"""Tokens of a flat tile at most."""
+HELD = 16
+"""Tokens of a tile where a thread holds all of them."""
+MOST_WARPS = 8
 
 
 class Tile(NamedTuple):
@@ -26,7 +29,7 @@ class Tile(NamedTuple):
 
 
 def flat(states: int, tokens_together: bool) -> bool:
-    """Whether tiles are rows of tokens, spread over threads as they lie in memory, or a thread has all of its tokens."""
+    """Whether tiles lie over threads as rows of tokens do in memory; else a thread has all tokens of a tile."""
     return states == 1 and tokens_together
 
 
@@ -35,26 +38,22 @@ def tokens(length: int, flat: bool) -> int:
 
     Flat tiles are a few long rows; others have what a thread can hold.
     """
-    size = 16
-    while size < (LONGEST if flat else 16) and not known(length <= size):
+    size = HELD
+    while flat and size < LONGEST and not known(length <= size):
         size *= 2
     return size
 
 
 @lru_cache
 def forward(tokens: int, states: int, each: int, flat: bool) -> Tile:
-    """Tile of the kernel that scans."""
-    if flat:
-        return _rows(tokens, each, numbers=1024)
-    return _lanes(tokens, states, each)
+    """Tile of the kernel that scans; `each` is the number of channels of a group."""
+    return _rows(tokens, each, numbers=1024) if flat else _lanes(tokens, states, each, numbers=64)
 
 
 @lru_cache
 def backward(tokens: int, states: int, each: int, flat: bool) -> Tile:
     """Tile of the kernel of the gradients. Few channels a tile are many parts of the gradients of B and C."""
-    if flat:
-        return _rows(tokens, each, numbers=2048)
-    return _lanes(tokens, states, each)
+    return _rows(tokens, each, numbers=2048) if flat else _lanes(tokens, states, each, numbers=32)
 
 
 def _block(number: int) -> int:
@@ -62,15 +61,17 @@ def _block(number: int) -> int:
 
 
 def _rows(tokens: int, each: int, numbers: int) -> Tile:
-    """Flat tile of so many numbers, 8 a thread."""
+    """Flat tile of so many numbers, 8 of them a thread."""
     channels = max(1, min(_block(each), numbers // tokens))
-    return Tile(channels, warps=max(1, min(8, tokens * channels // 256)))
+    return Tile(channels, warps=max(1, min(MOST_WARPS, tokens * channels // 256)))
 
 
-def _lanes(tokens: int, states: int, each: int) -> Tile:
-    """A channel a lane, and as many warps as leave a thread 64 numbers: tokens, and a few states."""
-    channels = min(32, _block(each))
-    return Tile(channels, warps=max(1, min(8, tokens * _block(states) * channels // (32 * 64))))
+def _lanes(tokens: int, states: int, each: int, numbers: int) -> Tile:
+    """A channel a lane, and as many warps as leave a thread so many numbers: all tokens of a few states."""
+    channels, column = min(32, _block(each)), tokens * _block(states)
+    while channels > 1 and column * channels > 32 * MOST_WARPS * numbers:
+        channels //= 2
+    return Tile(channels, warps=max(1, min(MOST_WARPS, column * channels // (32 * numbers))))
 
 
 def splits(programs: int, tiles: int, multiprocessors: int) -> int:

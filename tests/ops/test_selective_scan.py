@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from vizoo.ops import selective_scan
-from vizoo.ops.selective_scan import reference, tiles
+from vizoo import ops
+from vizoo.ops import gpu, selective_scan
+from vizoo.ops.selective_scan import function, reference, tiles
+from vizoo.ops.selective_scan.function import FLOPS
 
 Tensors = dict[str, Tensor]
 OPTIONAL = ("D", "z", "delta_bias", "initial_state")
@@ -204,12 +207,393 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "backward", lambda *sizes: tiles.Tile(2, warps=1))
 
 
+small = pytest.mark.usefixtures("small_tiles")
+TILED = [*SMALL, Case(1, 6, 21, groups=2, given=EVERYTHING), Case(1, 3, 9, reverse=True)]
+LARGE = [
+    Case(4, 384, 3136, groups=4),
+    Case(4, 384, 3136, groups=4, tokens_first=True),
+    Case(2, 1536, 196, groups=4, reverse=True),
+    Case(2, 768, 784, states=16, groups=4),
+    Case(2, 384, 197, states=16, given=EVERYTHING, tokens_first=True, reverse=True),
+    Case(2, 100, 333, states=64, groups=2, given=EVERYTHING),
+    Case(3, 36, 1001, states=5, groups=3, given=("z",)),
+    Case(1, 24, 70001, states=2, given=EVERYTHING),
+    Case(1, 24, 262144, given=EVERYTHING, reverse=True),
+    Case(1, 24, 100003, tokens_first=True),
+]
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+KERNEL = [*TILED, *[pytest.param(case, marks=pytest.mark.gpu, id=str(case)) for case in LARGE]]
 
 
-@pytest.mark.usefixtures("small_tiles")
+@small
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_kernels_on_small_tiles(case: Case, device: torch.device, checks: Any) -> None:
+    plain = case.call("reference")
+    checks.factor_two(case.call("triton"), plain, plain, case.tensors(torch.float32, device))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SMALL, ids=str)
-def test_kernels_on_small_tiles(case: Case, dtype: torch.dtype, device: torch.device, checks: Any) -> None:
+@pytest.mark.parametrize(
+    "case", [SMALL[0], *[pytest.param(c, marks=pytest.mark.gpu, id=str(c)) for c in LARGE]], ids=str
+)
+def test_kernels(case: Case, dtype: torch.dtype, device: torch.device, checks: Any) -> None:
     plain = case.call("reference")
     checks.factor_two(case.call("triton"), plain, plain, case.tensors(dtype, device))
+
+
+@small
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("states", [1, 3])
+def test_splits_join(
+    states: int, reverse: bool, device: torch.device, checks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sequence of 5 tiles for 3 programs, of which the last has one."""
+    monkeypatch.setattr(tiles, "splits", lambda programs, count, multiprocessors: 3)
+    case = Case(1, 3, 37, states=states, given=EVERYTHING, reverse=reverse)
+    plain = case.call("reference")
+    checks.factor_two(case.call("triton"), plain, plain, case.tensors(torch.float32, device))
+
+
+@pytest.mark.parametrize(
+    ("programs", "count", "expected"), [(132, 999, 1), (5000, 9, 1), (12, 16384, 44), (1, 40, 5), (1, 7, 1)]
+)
+def test_only_few_long_sequences_are_split(programs: int, count: int, expected: int) -> None:
+    assert tiles.splits(programs, count, 132) == expected
+
+
+@pytest.mark.parametrize("states", [1, 3, 16])
+def test_sums_on_tensor_cores(states: int, device: torch.device, checks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "tokens", lambda length, flat: 16)
+    monkeypatch.setattr(tiles, "backward", lambda *sizes: tiles.Tile(16, warps=1, dot=True))
+    case = Case(1, 12, 18, states=states, given=(), tokens_first=True)
+    plain = case.call("reference")
+    checks.factor_two(case.call("triton"), plain, plain, case.tensors(torch.float16, device))
+
+
+@pytest.mark.parametrize("states", [1, 2, 16, 33, 64])
+@pytest.mark.parametrize("each", [1, 3, 96, 384, 1000])
+@pytest.mark.parametrize("length", [1, 49, 197, 3136])
+def test_tiles_fit(length: int, each: int, states: int) -> None:
+    for together in (False, True):
+        flat = tiles.flat(states, together)
+        tokens = tiles.tokens(length, flat)
+        assert tokens & (tokens - 1) == 0
+        assert tokens <= max(16, 2 * length - 1)
+        for choose in (tiles.forward, tiles.backward):
+            tile = choose(tokens, states, each, flat)
+            column = tokens * (1 << (states - 1).bit_length())
+            assert all(size & (size - 1) == 0 for size in tile[:2])
+            assert tile.channels < 2 * each
+            assert column * tile.channels <= 64 * 32 * tile.warps
+            assert tile.channels == 1 or column * tile.channels >= 32 * tile.warps
+
+
+@small
+@pytest.mark.parametrize("states", [1, 2])
+def test_kernels_take_any_strides(states: int, device: torch.device, checks: Any) -> None:
+    case = Case(2, 4, 11, states=states, groups=2, given=EVERYTHING)
+    tensors = case.tensors(torch.float32, device)
+    incoming = torch.randn(2, 4, 11, device=device)
+    call = lambda leaves: selective_scan(**leaves, softplus=True, implementation="triton")  # noqa: E731
+    expected = checks.values_and_gradients(call, tensors, incoming)
+    leaves = {name: checks.scattered(tensor).requires_grad_() for name, tensor in tensors.items()}
+    out = call(leaves)
+    gradients = torch.autograd.grad(out, list(leaves.values()), checks.scattered(incoming))
+    for name, value in zip(("output", *leaves), (out, *gradients), strict=True):
+        torch.testing.assert_close(value, expected[name])
+
+
+@small
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_tokens_apart_stay_apart(implementation: Any, device: torch.device) -> None:
+    """Projections leave channels together: gradients and, of the kernels, outputs lie as what they belong to."""
+    tensors = Case(2, 4, 9, states=2, tokens_first=True).tensors(torch.float32, device)
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    out = selective_scan(**leaves, implementation=implementation)
+    if implementation == "triton":
+        assert out.transpose(1, 2).is_contiguous()
+        by_u, by_B = torch.autograd.grad(out.sum(), [leaves["u"], leaves["B"]])
+        assert by_u.transpose(1, 2).is_contiguous()
+        assert by_B.permute(0, 3, 1, 2).is_contiguous()
+    torch.testing.assert_close(out, by_hand(**tensors)[0])
+
+
+@small
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_dtypes_mix(implementation: Any, device: torch.device) -> None:
+    """Parameters stay in float32 though sequences are half; the output may be wider; autocast changes nothing."""
+    case = Case(1, 4, 11, states=2, given=EVERYTHING)
+    tensors = case.tensors(torch.float32, device)
+    halves = {name: t.half() if name in ("u", "delta", "B", "C", "z") else t for name, t in tensors.items()}
+    leaves = {name: tensor.requires_grad_() for name, tensor in halves.items()}
+    with torch.autocast(device.type, dtype=torch.float16 if device.type == "cuda" else torch.bfloat16):
+        out, last = selective_scan(
+            **leaves, softplus=True, return_state=True, dtype=torch.float32, implementation=implementation
+        )
+    assert (out.dtype, last.dtype) == (torch.float32, torch.float32)
+    expected, _ = by_hand(**{name: t.double() for name, t in halves.items()}, softplus=True)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(out.square().sum() + last.sum(), list(leaves.values()))
+    assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in halves.values()]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@small
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_any_step_is_stable(implementation: Any, device: torch.device) -> None:
+    """Steps so long that nothing is left of the state, and so short that all of it is; softplus far beyond 20."""
+    case = Case(1, 6, 20, states=2, given=("D", "initial_state"))
+    leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors(torch.float32, device).items()}
+    with torch.no_grad():
+        leaves["delta"].copy_(torch.tensor([-200.0, -30.0, 19.9, 20.1, 1e4, 1e8], device=device)[:, None])
+        leaves["u"].div_(leaves["delta"].clamp(min=1))
+    out, last = selective_scan(**leaves, softplus=True, return_state=True, implementation=implementation)
+    wide = {name: tensor.detach().double().requires_grad_() for name, tensor in leaves.items()}
+    expected, last_expected = by_hand(**wide, softplus=True)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(last.double(), last_expected, rtol=1e-5, atol=1e-6)
+    gradients = torch.autograd.grad(out.sum(), list(leaves.values()))
+    exact = torch.autograd.grad(expected.sum(), list(wide.values()))
+    for name, gradient, value in zip(leaves, gradients, exact, strict=True):
+        assert gradient.isfinite().all(), name
+        if name != "delta":  # where steps are long, differences of large numbers
+            torch.testing.assert_close(gradient.double(), value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@small
+@pytest.mark.parametrize("wanted", ["u", "A", "C", "z", "initial_state"])
+def test_gradients_nobody_asked_for(wanted: str, device: torch.device) -> None:
+    case = Case(1, 3, 10, states=2, given=EVERYTHING)
+    tensors = case.tensors(torch.float32, device)
+    everything = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    selective_scan(**everything, softplus=True, implementation="triton").square().sum().backward()
+    tensors[wanted].requires_grad_()
+    selective_scan(**tensors, softplus=True, implementation="triton").square().sum().backward()
+    for name, tensor in tensors.items():
+        if name == wanted:
+            torch.testing.assert_close(tensor.grad, everything[name].grad, rtol=0, atol=0)
+        else:
+            assert tensor.grad is None
+
+
+@small
+def test_gradient_of_the_last_state_alone(device: torch.device, checks: Any) -> None:
+    case = Case(1, 3, 19, states=2, given=EVERYTHING)
+
+    def last(implementation: Any) -> Callable[[Tensors], Tensor]:
+        return lambda tensors: selective_scan(
+            **tensors, softplus=True, return_state=True, implementation=implementation
+        )[1]
+
+    checks.factor_two(last("triton"), last("reference"), last("reference"), case.tensors(torch.float32, device))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_empty_batch(implementation: Any, device: torch.device) -> None:
+    case = Case(0, 6, 30, states=2, groups=2, given=EVERYTHING)
+    leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors(torch.float16, device).items()}
+    out, last = selective_scan(**leaves, return_state=True, implementation=implementation)
+    (out.sum() + last.sum()).backward()
+    assert (out.shape, out.dtype, last.shape) == ((0, 6, 30), torch.float16, (0, 6, 2))
+    assert all(torch.equal(tensor.grad, torch.zeros_like(tensor)) for tensor in leaves.values())
+
+
+NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+
+
+def positional(case: Case, tensors: Tensors, return_state: bool = False) -> tuple[Any, ...]:
+    """Arguments of the registered operator."""
+    inputs = (tensors.get(name) for name in NAMES)
+    return *inputs, case.softplus, case.reverse, return_state, True, 8, tensors["u"].dtype
+
+
+def registered(case: Case) -> Callable[[Tensors], Tensor]:
+    return lambda leaves: torch.ops.vizoo.selective_scan(*positional(case, leaves))[0]
+
+
+@small
+def test_second_derivative_is_refused(device: torch.device) -> None:
+    case = Case(1, 2, 3)
+    leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors(torch.float32, device).items()}
+    short = lambda leaves: selective_scan(**leaves, softplus=True, implementation="triton")  # noqa: E731
+    for call, message in ((short, "once_differentiable"), (registered(case), "autograd formula")):
+        (gradient,) = torch.autograd.grad(call(leaves).square().sum(), leaves["u"], create_graph=True)
+        with pytest.raises(RuntimeError, match=message):
+            gradient.sum().backward()
+
+
+@small
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
+@pytest.mark.parametrize(
+    "case", [Case(2, 4, 9, groups=2, given=()), Case(1, 4, 9, states=2, given=EVERYTHING, tokens_first=True)], ids=str
+)
+def test_operator_is_registered_well(case: Case, device: torch.device) -> None:
+    leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors(torch.float32, device).items()}
+    torch.library.opcheck(function._forward, positional(case, leaves, return_state=True))
+
+
+@small
+@pytest.mark.parametrize("given", [(), EVERYTHING], ids=str)
+def test_the_short_way_equals_the_registered_operator(
+    given: tuple[str, ...], device: torch.device, checks: Any
+) -> None:
+    case = Case(1, 4, 11, states=2, given=given, tokens_first=True)
+    tensors, incoming = case.tensors(torch.float32, device), torch.randn(1, 4, 11, device=device)
+    call = lambda leaves: selective_scan(**leaves, softplus=True, implementation="triton")  # noqa: E731
+    short = checks.values_and_gradients(call, tensors, incoming)
+    long = checks.values_and_gradients(registered(case), tensors, incoming)
+    for name, value in long.items():
+        torch.testing.assert_close(short[name], value, rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(call(tensors), long["output"], rtol=0, atol=0)
+
+
+@small
+def test_whoever_looks_on_sees_the_registered_operator(device: torch.device) -> None:
+    tensors = list(Case(1, 2, 9, given=()).tensors(torch.float32, device).values())
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lambda *args: selective_scan(*args, implementation="triton"))
+    graph = traced(*tensors)
+    assert "torch.ops.vizoo.selective_scan" in graph.code
+    torch.testing.assert_close(graph(*tensors), selective_scan(*tensors, implementation="triton"), rtol=0, atol=0)
+
+
+class Block(nn.Module):
+    """Scans in both directions, each with projections of its own."""
+
+    def __init__(self, states: int = 2) -> None:
+        super().__init__()
+        self.project = nn.Linear(4, 4 + 2 * states)
+        self.rates = nn.Parameter(-torch.rand(4, states) - 0.1)
+        self.states = states
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = x.transpose(1, 2)
+        delta, B, C = self.project(x).transpose(1, 2).split((4, self.states, self.states), 1)
+        forth, state = selective_scan(u, delta, self.rates, B, C, softplus=True, return_state=True)
+        back = selective_scan(u, delta, self.rates, B, C, z=u, softplus=True, reverse=True, initial_state=state)
+        return (forth + back).transpose(1, 2)
+
+
+SIZES = [(2, 18), (1, 40), (3, 7)]
+
+
+def test_exports_with_free_sizes() -> None:
+    block = Block().eval()
+    free = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=1)}
+    exported = torch.export.export(block, (torch.randn(2, 18, 4),), dynamic_shapes=(free,)).module()
+    for size in (*SIZES, (1, 1), (1, 5000)):
+        x = torch.randn(*size, 4)
+        torch.testing.assert_close(exported(x), block(x), rtol=1e-4, atol=1e-5)
+
+
+@small
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_compiles_without_graph_breaks(implementation: Any, device: torch.device) -> None:
+    torch.compiler.reset()
+    block = Block(1).to(device)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    with ops.use(implementation):
+        for size in SIZES:
+            x = torch.randn(*size, 4, device=device)
+            out, expected = compiled(x), block(x)
+            torch.testing.assert_close(out, expected)
+            gradients = torch.autograd.grad(out.square().sum(), list(block.parameters()))
+            wanted = torch.autograd.grad(expected.square().sum(), list(block.parameters()))
+            torch.testing.assert_close(gradients, wanted)
+
+
+@pytest.mark.gpu
+def test_compilers_get_the_kernels() -> None:
+    torch.compiler.reset()
+    graphs: list[str] = []
+
+    def look(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(module.code)
+        return module
+
+    block, x = Block().cuda(), torch.randn(2, 50, 4, device="cuda")
+    torch.testing.assert_close(torch.compile(block, fullgraph=True, backend=look)(x), block(x))
+    assert "vizoo.selective_scan" in graphs[0]
+    torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x), rtol=1e-4, atol=1e-5)
+
+
+@small
+def test_operations_are_counted(device: torch.device) -> None:
+    case = Case(2, 3, 10, states=2)
+    leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors(torch.float32, device).items()}
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+        selective_scan(**leaves, implementation="triton").sum().backward()
+    assert counter.get_total_flops() == 3 * 9 * 2 * 3 * 10 * 2
+
+
+INPUTS = Case(2, 6, 10, states=3, groups=2, given=EVERYTHING).tensors(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (TypeError, r"u must be floating point, got torch\.int64", {"u": INPUTS["u"].long()}),
+        (TypeError, r"delta_bias must be floating point, got torch\.int8", {"delta_bias": INPUTS["D"].to(torch.int8)}),
+        (TypeError, r"dtype must be floating point, got torch\.int32", {"dtype": torch.int32}),
+        (ValueError, r"z must be on the device of u, cpu, got meta", {"z": INPUTS["z"].to("meta")}),
+        (ValueError, r"u must have the shape \(B, D, L\) .*, got \(6, 10\)", {"u": INPUTS["u"][0]}),
+        (ValueError, r"with a channel and a token at least, got \(2, 6, 0\)", {"u": INPUTS["u"][..., :0]}),
+        (ValueError, r"A must have the shape \(D, N\) = \(6, N\) .*, got \(5, 3\)", {"A": INPUTS["A"][1:]}),
+        (ValueError, r"with a state at least, got \(6, 0\)", {"A": INPUTS["A"][:, :0]}),
+        (
+            ValueError,
+            r"B must have .* \(2, G, 3, 10\) or \(B, N, L\) = \(2, 3, 10\), got \(2, 2, 2, 10\)",
+            {"B": INPUTS["B"][:, :, 1:]},
+        ),
+        (ValueError, r"B must have the shape .*, got \(2, 10\)", {"B": INPUTS["B"][:, 0, 0]}),
+        (ValueError, r"C must have the shape of B, \(2, 2, 3, 10\), got \(2, 1, 3, 10\)", {"C": INPUTS["C"][:, :1]}),
+        (
+            ValueError,
+            r"groups of B must divide the 6 channels, got 4; the next number that does is 3",
+            {name: INPUTS[name].repeat(1, 2, 1, 1) for name in "BC"},
+        ),
+        (ValueError, r"delta must have the shape \(B, D, L\) = \(2, 6, 10\), got \(2, 6, 9\)",
+         {"delta": INPUTS["delta"][..., 1:]}),
+        (ValueError, r"z must have the shape \(B, D, L\) = \(2, 6, 10\), got \(2, 6\)", {"z": INPUTS["z"][..., 0]}),
+        (ValueError, r"D must have the shape \(D,\) = \(6,\), got \(5,\)", {"D": INPUTS["D"][1:]}),
+        (
+            ValueError,
+            r"initial_state must have the shape \(B, D, N\) = \(2, 6, 3\), got \(2, 3, 6\)",
+            {"initial_state": INPUTS["initial_state"].transpose(1, 2)},
+        ),
+    ],
+)  # fmt: skip
+def test_refuses_what_breaks_a_rule(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(error, match=message):
+        selective_scan(**{**INPUTS, **arguments})
+
+
+def test_one_group_needs_no_axis() -> None:
+    tensors = Case(2, 4, 10, states=3).tensors(torch.float64)
+    expected = selective_scan(**tensors)
+    tensors |= {name: tensors[name][:, 0] for name in "BC"}
+    torch.testing.assert_close(selective_scan(**tensors), expected)
+
+
+def test_explains_what_the_kernels_cannot_take() -> None:
+    def reasons(**changed: Tensor) -> str:
+        return "; ".join(ops.explain(selective_scan, **{**INPUTS, **changed})["triton"])
+
+    known = "the kernels know float16, bfloat16 and float32, these are torch.float32, torch.float64"
+    assert known in reasons(A=INPUTS["A"].double())
+    assert "the interpreter has no bfloat16" in reasons(z=INPUTS["z"].bfloat16())
+    one = torch.zeros(1)
+    wide = {"A": one.expand(6, 65), "B": one.expand(2, 2, 65, 10), "C": one.expand(2, 2, 65, 10)}
+    assert "a channel may have 64 states, this has 65" in reasons(**wide, initial_state=one.expand(2, 6, 65))
+    long = {name: one.expand(2, 6, 2**23 + 1) for name in ("u", "delta", "z")}
+    long |= {name: one.expand(2, 2, 3, 2**23 + 1) for name in "BC"}
+    assert "a sequence may have 8388608 tokens, this has 8388609" in reasons(**long)
+    assert ops.explain(selective_scan, **INPUTS)["reference"] == []
+
+
+def test_device_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"selective_scan: implementation 'triton' cannot run: .* need an NVIDIA GPU"):
+        selective_scan(**INPUTS, implementation="triton")
+    monkeypatch.setattr(gpu, "TRITON_INSTALLED", False)
+    assert ops.explain(selective_scan, **INPUTS)["triton"] == ["triton is not installed"]
