@@ -379,7 +379,7 @@ class Vim(Backbone):
         patches = self.patch_embed(x)
         tokens = patches.flatten(1, 2)
         if self.config.class_token:
-            token = self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1)
+            token = self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
             tokens = _with_middle(tokens, token)
         tokens = tokens + self.positions(*patches.shape[1:3])
         return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
@@ -437,7 +437,7 @@ class Vim(Backbone):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """One layer per block, or per stage."""
-        stem = r"^(patch_embed|pos_embed|cls_token)"
+        stem = r"^(?:patch_embed|pos_embed|cls_token)"
         if not coarse:
             return {"stem": stem, "blocks": [(r"^layers\.(\d+)", None)]}
         blocks = ["|".join(map(str, self._blocks(i))) for i in range(len(self.stages))]
