@@ -573,7 +573,7 @@ SHARES = "https://api.onedrive.com/v1.0/shares"
 
 def _weights(share: str, top1: float, params: int, gmacs: float) -> dict[str, Weights]:
     record = Weights(
-        url=f"{SHARES}/{share}/root/content",
+        url="/".join((SHARES, share, "root", "content")),
         license="MIT",
         repository="rayleizhu/BiFormer",
         commit="1697bbbeafb8680524898f1dcaac10defd0604be",

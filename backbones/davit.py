@@ -178,7 +178,7 @@ class Stem(nn.Module):
         return self.norm(self._patches(x) if x.is_cuda and is_plain(self.proj) else self.proj(x).permute(0, 2, 3, 1))
 
     def _patches(self, x: Tensor) -> Tensor:
-        """The same convolution as one matrix product over the patches; with three channels cuDNN takes three times as long.
+        """The same convolution as one matrix product over patches: of three channels cuDNN makes three times that.
 
         A patch is one column wider than the filter, so that its numbers are a multiple of eight.
         """

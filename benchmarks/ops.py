@@ -472,12 +472,14 @@ def measure_neighborhood_attention(bandwidth: float, first: int | None, eager: b
         def plain(tensors: dict[str, Tensor], sizes: dict[str, int] = sizes) -> Tensor:
             return neighborhood_attention(**tensors, **sizes, implementation="reference")
 
-        check(ours(tensors).float(), plain(tensors).float())
-        ways: Ways = {"vizoo": ours, "torch gather": plain, "sdpa dense": dense}
-        if not eager:
+        ways: Ways = {"vizoo": ours, "sdpa dense": dense}
+        fits = space[0] <= 128  # beyond, gathering and FlexAttention ask for more memory than there is
+        if fits:
+            check(ours(tensors).float(), plain(tensors).float())
+            ways["torch gather"] = plain
+        if fits and not eager:
             ways["flex compiled"] = flex_neighborhoods(space, kernel, dilation)
             check(ways["flex compiled"](tensors).float(), ours({"query": tensors["query"]}).float())
-            ways["torch gather compiled"] = torch.compile(plain, dynamic=False)
         part = query.nbytes / 3
         for way, function in ways.items():
             figures = measure(function, tensors)

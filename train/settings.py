@@ -30,7 +30,7 @@ SHORTHANDS = {
 DATA_ROOT = "data_root"
 """Where a config states it at its top, every text that is or lies below it follows when it is set."""
 BY_NAME = {"drop_path": "drop_path_rate", "dilations": "dilations", "n_win": "n_win"}
-"""Tables at the top of a config that takes any backbone: values of a setting by the beginning of the backbone's name."""
+"""Tables at the top of a config that takes any backbone: values of an argument by the beginning of its name."""
 FREE = ("model.backbone",)
 """Below these, keys may be new: `vizoo.create_model` checks them itself, and names the nearest."""
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from vizoo.backbones.base import Backbone
 
@@ -30,6 +31,11 @@ def create_dense(
     if "output_norms" in fields:  # not every family's dense code has them
         overrides.setdefault("output_norms", True)
     return create_model(name, pretrained, features_only=True, out_indices=out_indices, **overrides)
+
+
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    """Batch norms of a backbone, for the caller to keep in eval mode where batches are small."""
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 def freeze(model: Backbone, frozen_stages: int) -> list[nn.Module]:

@@ -66,14 +66,15 @@ def variants() -> dict[str, tuple[Family, Variant]]:
 def _official_files() -> dict[str, tuple[str, str]]:
     """(variant, tag) by the stem of the official checkpoint's file name, where it isn't a variant's own name.
 
-    Files to be fetched by hand have no name, and on the Hugging Face hub all files have the same.
+    Files to be fetched by hand have no name, and on some hosts, as on the Hugging Face hub, all
+    files have the same.
     """
-    return {
-        PurePosixPath(record.filename).stem: (name, tag)
-        for name, (_, variant) in variants().items()
-        for tag, record in variant.weights.items()
-        if record.url and not record.url.startswith("hf://")
-    }
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, (_, variant) in variants().items():
+        for tag, record in variant.weights.items():
+            if record.url and not record.url.startswith("hf://"):
+                found.setdefault(PurePosixPath(record.filename).stem, []).append((name, tag))
+    return {stem: places[0] for stem, places in found.items() if len(places) == 1}
 
 
 def resolve(name: str) -> Resolved:

@@ -12,6 +12,7 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 import vizoo
+from vizoo.registry import resolve
 from vizoo.train.detection import CascadeMaskRCNN, Detector, FasterRCNN, MaskRCNN, RetinaNet
 from vizoo.train.optim import AutocastOptimWrapper
 
@@ -165,6 +166,18 @@ def test_frozen_stages(make: Make, batch: Batch) -> None:
 
 def _is_early(name: str, count: int) -> bool:
     return "patch_embed" in name or any(f"layers.{i}." in name for i in range(count))
+
+
+@pytest.mark.parametrize("norm_eval", [True, False])
+def test_batch_norms_of_the_backbone_can_keep_their_statistics(norm_eval: bool, make: Make, batch: Batch) -> None:
+    backbone = {"name": "biformer_tiny", **resolve("biformer_tiny").family.tiny}
+    model = make(FasterRCNN, backbone=backbone, norm_eval=norm_eval).train()
+    norm = next(m for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    before = norm.running_mean.clone()
+    total(model(**batch, mode="loss")).backward()
+    assert norm.training is not norm_eval
+    assert torch.equal(norm.running_mean, before) is norm_eval
+    assert norm.weight.grad is not None
 
 
 def test_nothing_is_frozen_by_default(make: Make) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import vizoo
 from vizoo.checkpoint import LoadReport
-from vizoo.dense import freeze
+from vizoo.dense import batch_norms, freeze
 from vizoo.train.dense import MEAN, STD, ImageBatcher, build_backbone
 from vizoo.train.dense_checkpoint import Source
 
@@ -34,6 +34,8 @@ class Detector(BaseModel):
         extra_convs: See `Pyramid`.
         frozen_stages: -1 trains everything, 0 freezes the stem, k the stem and the first k stages; what is frozen
             stays in eval mode.
+        norm_eval: Keep the backbone's batch norms in eval mode, as published detectors do: batches are small, and
+            padded. Their factors and biases learn.
         grad_checkpointing: Recompute the backbone's blocks in the backward pass, to save memory.
         mean: Mean of each channel on 0..255, in the order of the images (RGB).
         std: Standard deviation of each channel on 0..255.
@@ -55,6 +57,7 @@ class Detector(BaseModel):
         channels: int = 256,
         extra_convs: bool = False,
         frozen_stages: int = -1,
+        norm_eval: bool = True,
         grad_checkpointing: bool = False,
         mean: Sequence[float] = MEAN,
         std: Sequence[float] = STD,
@@ -70,6 +73,7 @@ class Detector(BaseModel):
         self.batcher = ImageBatcher(mean, std, MULTIPLE)
         self.frozen_stages = frozen_stages
         self._frozen = tuple(freeze(self.backbone, frozen_stages))
+        self.norm_eval = norm_eval
 
     # What a subclass implements.
 
@@ -92,9 +96,9 @@ class Detector(BaseModel):
     # What follows from it.
 
     def train(self, mode: bool = True) -> Detector:
-        """Set training mode, except for what is frozen."""
+        """Set training mode, except for what is frozen and, with `norm_eval`, for the backbone's batch norms."""
         super().train(mode)
-        for module in self._frozen:
+        for module in (*self._frozen, *(batch_norms(self.backbone) if self.norm_eval else ())):
             module.eval()
         return self
 
