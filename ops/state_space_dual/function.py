@@ -18,6 +18,8 @@ from vizoo.ops import gpu
 from vizoo.ops.registration import direct_function, kernel_operator
 from vizoo.ops.tracing import known, without_autocast
 
+from . import tiles
+
 MAX_SIDE = 128
 MAX_PITCH = 2**22
 LARGEST = torch.finfo(torch.float32).max
@@ -78,23 +80,26 @@ def state_space_dual_triton(
 ) -> tuple[Tensor, Tensor | None]:
     """Computes what `vizoo.ops.state_space_dual` defines with the fused kernels; the state only where asked for."""
     limit = None if dt_limit is None else [max(-LARGEST, dt_limit[0]), min(LARGEST, dt_limit[1])]
-    tensors = (x, dt, A, B, C, D, dt_bias, initial_state)
-    arguments = (*tensors, states, causal, softplus, limit)
+    options = (states, causal, softplus, limit)
+    if z is None:
+        return _run((x, dt, A, B, C, D, dt_bias, initial_state), options, return_state)
+    # No vision model gates here. In float32, what is gated has not been rounded yet, nor has its gradient.
+    maps = (each if each is None else each.float() for each in (B, C))
+    out, state = _run((x.float(), dt, A, *maps, D, dt_bias, initial_state), options, return_state)
+    with without_autocast(x.device):
+        return (out * F.silu(z.float())).to(x.dtype), state
+
+
+def _run(
+    tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], return_state: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Without a gate."""
     given = [tensor for tensor in tensors if tensor is not None]
-    state = None
     if return_state or not gpu.unwatched(*given):
-        out, state = _forward(*arguments)
-    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
-        out = _Eager.apply(*arguments)
-    else:
-        out = _launch_forward(*arguments)[0]
-    return out if z is None else _gated(out, z), state
-
-
-def _gated(out: Tensor, z: Tensor) -> Tensor:
-    """Plain torch, for no vision model gates here; a compiler makes it one pass."""
-    with without_autocast(out.device):
-        return (out.float() * F.silu(z.float())).to(out.dtype)
+        return _forward(*tensors, *options)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return _Eager.apply(*tensors, *options), None
+    return _launch_forward(*tensors, *options)[0], None
 
 
 # Triton is imported where a kernel is launched, so that importing the operators does not need it.
@@ -174,37 +179,30 @@ _forward.register_autograd(_gradients, setup_context=_setup_context)
 _Eager = direct_function(_launch_forward, _setup_context, _gradients)
 
 
-def _product(x: Sequence[int], A: Sequence[int], B: Sequence[int] | None, states: int) -> int:
-    """Operations of one product of all tokens' vectors with the state of their head."""
+def _operations(x: Sequence[int], A: Sequence[int], B: Sequence[int] | None, states: int) -> tuple[int, int, int, int]:
+    """Operations of products: of all tokens with the state of their head; in the tiles of the causal form, of tokens'
+    inputs with each other, of their maps for every head, and of their maps for every group."""
+    tokens, (heads,) = x[0] * x[1], A
     inner = x[2] - 2 * states if B is None else x[2] * x[3]
-    return 2 * x[0] * x[1] * inner * states
-
-
-def _within(x: Sequence[int], A: Sequence[int], B: Sequence[int] | None, states: int) -> tuple[int, int]:
-    """Operations of the products of all tokens of a chunk with each other: of their inputs, of their maps."""
-    from . import tiles
-
-    inner = x[2] - 2 * states if B is None else x[2] * x[3]
-    pairs = 2 * x[0] * x[1] * tiles.ROWS
-    return pairs * inner, pairs * states * A[0]
+    groups = 1 if B is None else B[2]
+    pairs = 2 * tokens * tiles.ROWS
+    return 2 * tokens * inner * states, pairs * inner, pairs * states * heads, pairs * states * groups
 
 
 def _forward_flops(
     x: Sequence[int], dt: Any, A: Sequence[int], B: Any, C: Any, D: Any, bias: Any, initial: Any, states: int,
     causal: bool, *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
-    return 2 * _product(x, A, B, states) + (sum(_within(x, A, B, states)) if causal else 0)
+    by_state, inputs, maps, _ = _operations(x, A, B, states)
+    return 2 * by_state + (inputs + maps if causal else 0)
 
 
 def _backward_flops(
     grad_out: Any, grad_state: Any, state: Any, x: Sequence[int], dt: Any, A: Sequence[int], B: Any, C: Any, D: Any,
     bias: Any, initial: Any, states: int, causal: bool, *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
-    products = 4 * _product(x, A, B, states)
-    if not causal:
-        return products
-    inputs, maps = _within(x, A, B, states)
-    return products + _product(x, A, B, states) + 2 * inputs + 3 * maps
+    by_state, inputs, maps, shared = _operations(x, A, B, states)
+    return 5 * by_state + 2 * inputs + 2 * maps + shared if causal else 4 * by_state
 
 
 FLOPS: dict[Any, Callable[..., int]] = {

@@ -110,43 +110,48 @@ def _clock(step, rate):
 
 
 @triton.jit
-def _rounded(value, dtype: tl.constexpr):
-    """A factor of a product in its dtype. For float16, whose range is small, as a share of its largest number."""
-    largest = 1.0
+def _unit(value, dtype: tl.constexpr):
+    """What numbers are divided by so that they fit into float16 with as many digits as it has; 1 for other dtypes."""
     if dtype == tl.float16:
         largest = tl.max(tl.max(tl.abs(value), 1), 0)
-        largest = tl.where(largest > 0, largest, 1.0)
-        value = value / largest
-    return value.to(dtype), largest
+        return tl.where(largest > 1e-30, largest * (1.0 / 32768), 1.0)
+    return 1.0
+
+
+@triton.jit
+def _rounded(value, dtype: tl.constexpr):
+    """A factor of a product in its dtype, and its unit."""
+    unit = _unit(value, dtype)
+    if dtype == tl.float16:
+        value = value / unit
+    return value.to(dtype), unit
 
 
 @triton.jit
 def _split(value, dtype: tl.constexpr):
     """The same, with what the rounding lost: a state is a sum over many tokens, and all of it counts."""
-    largest = 1.0
+    unit = _unit(value, dtype)
     if dtype == tl.float16:
-        largest = tl.max(tl.max(tl.abs(value), 1), 0)
-        largest = tl.where(largest > 0, largest, 1.0)
-        value = value / largest
+        value = value / unit
     high = value.to(dtype)
-    return high, (value - high.to(tl.float32)).to(dtype), largest
+    return high, (value - high.to(tl.float32)).to(dtype), unit
 
 
 @triton.jit
-def _times(a, high, low, largest, PRECISION: tl.constexpr):
+def _times(a, high, low, unit, PRECISION: tl.constexpr):
     """Product of a with what `_split` made."""
     value = tl.dot(a, high, input_precision=PRECISION)
     if a.dtype != tl.float32:
         value = tl.dot(a, low, value)
-    return value * largest
+    return value * unit
 
 
 @triton.jit
 def _added(total, left, right, weight, PRECISION: tl.constexpr):
     """A sum and what tokens with weights add to it, left^T right."""
-    high, low, largest = _split(right.to(tl.float32) * weight[:, None], right.dtype)
+    high, low, unit = _split(right.to(tl.float32) * weight[:, None], right.dtype)
     if right.dtype == tl.float16:
-        return total + tl.dot(tl.trans(left), low, tl.dot(tl.trans(left), high)) * largest
+        return total + tl.dot(tl.trans(left), low, tl.dot(tl.trans(left), high)) * unit
     total = tl.dot(tl.trans(left), high, total, input_precision=PRECISION)
     if right.dtype != tl.float32:
         total = tl.dot(tl.trans(left), low, total)
@@ -371,7 +376,7 @@ def outputs(
                 state, x, B, dt, bias, rate, head, begin, last, x_token, map_token, dt_token, low, high,
                 P, N, BLOCK_P, BLOCK_N, ROWS, False, False, SOFTPLUS, LIMITED, PRECISION,
             )  # fmt: skip
-        main, rest, largest = _split(tl.trans(state), x.dtype.element_ty)
+        main, rest, unit = _split(tl.trans(state), x.dtype.element_ty)
     for start in range(begin, last, ROWS):
         c = _tile(C, start, last, map_token, N, BLOCK_N, ROWS)
         v = _tile(x, start, last, x_token, P, BLOCK_P, ROWS)
@@ -379,15 +384,15 @@ def outputs(
             b = _tile(B, start, last, map_token, N, BLOCK_N, ROWS)
             step, _ = _steps(dt, bias, head, start, last, dt_token, low, high, SOFTPLUS, LIMITED, ROWS)
             clock, clock_rest, end, end_rest = _clock(step, rate)
-            main, rest, largest = _split(tl.trans(state), v.dtype)
-            y = _times(c, main, rest, largest, PRECISION) * tl.exp(clock + clock_rest)[:, None]
+            main, rest, unit = _split(tl.trans(state), v.dtype)
+            y = _times(c, main, rest, unit, PRECISION) * tl.exp(clock + clock_rest)[:, None]
             seen = tl.dot(c, tl.trans(b), input_precision=PRECISION) * _decay(clock, clock_rest, ROWS) * step[None, :]
-            seen, largest = _rounded(seen, v.dtype)
-            y += tl.dot(seen, v, input_precision=PRECISION) * largest
+            seen, unit = _rounded(seen, v.dtype)
+            y += tl.dot(seen, v, input_precision=PRECISION) * unit
             weight = tl.exp((end - clock) + (end_rest - clock_rest)) * step
             state = _added(state * tl.exp(end + end_rest), v, b, weight, PRECISION)
         else:
-            y = _times(c, main, rest, largest, PRECISION)
+            y = _times(c, main, rest, unit, PRECISION)
         if SKIP:
             y += _skip(D, head, SKIP, P, BLOCK_P) * v.to(tl.float32)
         _put(out, y, start, last, HEADS * P, P)
@@ -481,8 +486,8 @@ def gradients(
         else:
             into = -rate * step
 
-        main, lost, largest = _split(_state(grad_states, place, P, N, BLOCK_P, BLOCK_N), v.dtype)
-        by_state = _times(b, tl.trans(main), tl.trans(lost), largest, PRECISION)
+        main, lost, unit = _split(_state(grad_states, place, P, N, BLOCK_P, BLOCK_N), v.dtype)
+        by_state = _times(b, tl.trans(main), tl.trans(lost), unit, PRECISION)
         dstep = tl.sum(wide * by_state, 1)
         dx = into[:, None] * by_state
         if CAUSAL:  # what later tokens of the tile see of each one
@@ -506,22 +511,26 @@ def gradients(
             pair = each * cb
             added = into * dstep
             dstep = left * dstep + tl.sum(pair, 0)
+            # A change of the rate at t changes what reaches t and later tokens of those before it. Each such pair is
+            # added; differences of sums over all would drown in the pairs that lie on one side.
+            upper = (row[:, None] <= row[None, :]).to(v.dtype)
             pair = tl.where(row[:, None] > row[None, :], pair * step[None, :], 0.0)
-            later = tl.sum(pair, 1) - tl.sum(pair, 0)
+            main_pair, lost_pair, scale = _split(pair, v.dtype)
+            crossing = _times(upper, main_pair, lost_pair, scale, PRECISION)
+            dchange = tl.sum(tl.where(row[:, None] > row[None, :], crossing + added[None, :], 0.0), 1)
             each, scale = _rounded(each * step[None, :], v.dtype)
             db += tl.dot(tl.trans(each), c, input_precision=PRECISION) * scale
             dc += tl.dot(each, b, input_precision=PRECISION) * scale
-        db += into[:, None] * _times(v, main, lost, largest, PRECISION)
+        db += into[:, None] * _times(v, main, lost, unit, PRECISION)
         state = _state(states, place, P, N, BLOCK_P, BLOCK_N)
-        main, lost, largest = _split(state, v.dtype)
-        read = _times(g, main, lost, largest, PRECISION)
+        main, lost, unit = _split(state, v.dtype)
+        read = _times(g, main, lost, unit, PRECISION)
         if CAUSAL:
             read *= tl.exp(clock + rest)[:, None]
-            # A change of the rate at t changes what reaches t and later tokens of what was before it.
-            later += tl.sum(c.to(tl.float32) * read, 1)
+            later = tl.sum(c.to(tl.float32) * read, 1)
             grad_state = _state(grad_states, place, P, N, BLOCK_P, BLOCK_N)
             through = tl.exp(end + end_rest) * tl.sum(tl.sum(state * grad_state, 1), 0)
-            dchange = tl.cumsum(later, 0, reverse=True) + (tl.cumsum(added, 0) - added) + through
+            dchange += tl.cumsum(later, 0, reverse=True) + through
             dchange = tl.where(real, dchange, 0.0)
             dstep = (dstep + rate * dchange) * slope
         else:
