@@ -21,6 +21,7 @@ from vizoo.ops.tracing import known, without_autocast
 from . import tiles
 
 MAX_SIDE = 128
+MAX_SMALLER_SIDE = 64
 MAX_PITCH = 2**22
 LARGEST = torch.finfo(torch.float32).max
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -54,6 +55,8 @@ def unsupported_reasons(
     P = x.shape[3] if B is not None else (x.shape[2] - 2 * states) // A.shape[0]
     if known(P > MAX_SIDE) or known(states > MAX_SIDE):
         reasons.append(f"a head may have {MAX_SIDE} channels and {MAX_SIDE} states, this has {P} and {states}")
+    elif known(P > MAX_SMALLER_SIDE) and known(states > MAX_SMALLER_SIDE):
+        reasons.append(f"channels or states of a head may exceed {MAX_SMALLER_SIDE}, not both: {P} and {states}")
     if any(known(each.stride(1) > MAX_PITCH) for each in (x, dt, *maps)):
         reasons.append(f"tokens may lie {MAX_PITCH} numbers apart in memory, these lie further")
     if known(x.shape[0] * x.shape[1] * A.shape[0] >= 2**31):

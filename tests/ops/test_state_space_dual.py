@@ -143,7 +143,7 @@ LARGE = [
     Case(2, 3136, 2, 48, 48, packed=True),
     Case(16, 196, 8, 64, 64, D=2),
     Case(1, 4001, 6, 64, 128, groups=2, state=True),
-    Case(1, 1000, 3, 128, 128, softplus=False),
+    Case(1, 1000, 3, 128, 64, softplus=False),
     Case(1, 16700, 2, 32, 16, packed=True, limit=(0.01, 2.0)),
 ]
 LARGE += [replace(case, causal=False) for case in LARGE]
@@ -669,6 +669,7 @@ def test_explains_what_the_kernels_cannot_take() -> None:
     wide = torch.zeros(1, 5, 4, 129)
     assert "a head may have 128 channels and 128 states, this has 129 and 3" in reasons(x=wide)
     assert "this has 6 and 129" in reasons(B=wide, C=wide)
+    assert "may exceed 64, not both: 128 and 65" in reasons(x=wide[..., 1:], B=wide[..., :65], C=wide[..., :65])
     one = torch.zeros(1)
     far = torch.empty_strided((1, 1, 4, 6), (0, 2**22 + 1, 6, 1))
     assert "tokens may lie 4194304 numbers apart" in reasons(x=far, dt=DT[:, :1], B=MAPS[:, :1], C=MAPS[:, :1])

@@ -24,6 +24,7 @@ from vizoo.ops.layer_norm import function as norm
 from vizoo.ops.neighborhood_attention import function as neighborhood
 from vizoo.ops.routing_attention import function as routing
 from vizoo.ops.routing_attention import region_affinity
+from vizoo.ops.state_space_dual import function as dual
 from vizoo.ops.window_attention import function as window
 
 
@@ -95,6 +96,17 @@ def neighbors(dtype: torch.dtype) -> Callable[..., Tensor]:
     return lambda qkv, bias: neighborhood._forward(qkv.to(dtype), None, None, bias, *sizes, 0.2)[0]
 
 
+def dual_form(causal: bool, tokens: int, packed: bool) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """State space duality of 2 heads with 16 channels and states, in one tensor or three."""
+
+    def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor | None = None, C: Tensor | None = None) -> Tensor:
+        return dual._forward(x, dt, A, B, C, A, A, None, 16, causal, True, None)[0]
+
+    if packed:
+        return run, leaves((2, tokens, 64), (2, tokens, 2), (2,))
+    return run, leaves((2, tokens, 2, 16), (2, tokens, 2), (2,), (2, tokens, 1, 16), (2, tokens, 1, 16))
+
+
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
     gpu.on = lambda device: nullcontext()
@@ -114,6 +126,9 @@ def main() -> None:
         "routing_attention, dense": (regions([2, 2], 5, False), leaves((2, 8, 12, 3, 2, d))),
         "neighborhood_attention": (neighbors(torch.float32), leaves((2, 9, 7, 3, 2, d), (2, 5, 9))),
         "neighborhood_attention, whole": (neighbors(torch.float16), leaves((2, 9, 7, 3, 2, d), (2, 5, 9))),
+        "state_space_dual": dual_form(False, 1000, True),
+        "state_space_dual, causal": dual_form(True, 64, True),
+        "state_space_dual, causal, chunks": dual_form(True, 1000, False),
         "layer_norm": (lambda x, w, b: norm._forward(x, w, b, 1e-5, torch.float16), leaves((2, n, 24), (24,), (24,))),
     }  # fmt: skip
     print(
