@@ -133,7 +133,8 @@ def _softplus(v):
 
 @triton.jit
 def _sigmoid(v):
-    return 1.0 / (1.0 + tl.exp(-v))
+    t = tl.exp(-tl.abs(v))
+    return tl.where(v < 0.0, t, 1.0) / (1.0 + t)
 
 
 @triton.jit
@@ -351,7 +352,7 @@ def backward(
         by_drive = _over_states(by_h * _with_channels(b, FLAT), FLAT)
         by_step = _over_states(by_decay * _with_tokens(A_rate, FLAT), FLAT) + by_drive * x
         if SOFTPLUS:
-            by_step *= tl.where(v > 20.0, 1.0, _sigmoid(v))
+            by_step *= _sigmoid(v)
         by_step = tl.where(real, by_step, 0.0)
         by_x = step * by_drive + skip * by_y
         tl.store(grad_u + places + first * out_t, by_x.to(grad_u.dtype.element_ty), mask=real)

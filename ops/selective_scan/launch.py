@@ -138,7 +138,7 @@ def backward(
             )  # fmt: skip
     return (
         grad_u, grad_delta, parts.A.sum((0, 1)).t().contiguous().to(A.dtype),
-        parts.B.sum(0).to(B.dtype), parts.C.sum(0).to(C.dtype), _total(parts.D, D, u),
+        _map_total(parts.B).to(B.dtype), _map_total(parts.C).to(C.dtype), _total(parts.D, D, u),
         u.new_empty(0) if grad_z is None else grad_z, _total(parts.bias, bias, u),
         u.new_empty(0) if parts.start is None or initial_state is None
         else parts.start.transpose(1, 2).to(initial_state.dtype),
@@ -165,6 +165,13 @@ def _total(parts: Tensor | None, parameter: Tensor | None, u: Tensor) -> Tensor:
     if parts is None or parameter is None:
         return u.new_empty(0)
     return parts.sum((0, 1)).to(parameter.dtype)
+
+
+def _map_total(parts: Tensor) -> Tensor:
+    """Gradient of a map, (B, G, N, L), laid out as its parts are."""
+    if known(parts.stride(4) == 1):
+        return parts.sum(0)
+    return parts.permute(0, 1, 4, 2, 3).sum(0).permute(0, 2, 3, 1)
 
 
 def _grid(

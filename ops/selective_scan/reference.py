@@ -8,6 +8,8 @@ leading axes, batch and groups for instance. With step Δ_t, token by token,
 No loop runs over all tokens. All chunks are walked side by side, first from zero for what each adds by its end; that is
 a scan again, Q times shorter, whose steps are the sums of the chunks' steps; then from the states it gives. Steps are
 only ever added up, and exponents are those of the definition: nothing overflows that does not by definition.
+Compilers get the same in few operations, which they fuse: what each token leaves at each later one of its chunk. Where
+the number of tokens is free, chunks cannot be cut without rules for it: then each token takes in the 1, 2, 4 .. before.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from torch import Tensor
 from vizoo.ops.tracing import known, without_autocast
 
 CHUNK = 16
-DEPTH = 3
-"""Scans of scans at most, for traces leave the number of tokens free: their recursion has to end somewhere."""
+TRACED_CHUNKS = (8, 16)
+"""Those of compilers: of tokens, of chunks, and all that remain are one."""
+MOST_DOUBLINGS = 20
+"""Where the number of tokens is free, it may be up to 2 to this power, a million."""
 WORKING_SET = 2**22
 """States computed at a time, about: caches and memory hold them, and with gradients off nothing else is kept."""
 
@@ -132,45 +136,45 @@ def _read(states: Tensor, C: Tensor) -> Tensor:
 def _states_of(u: Tensor, step: Tensor, A: Tensor, B: Tensor, state: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """States at each token, (..., L, N, d), and after the last token scanned, (..., N, d)."""
     length = u.shape[-2]
-    if not known(length <= CHUNK):
-        u, step, B = _filled(u, -2), _filled(step, -2), _filled(B, -2)
-    states = _scan(step, A, (step * u)[..., None, :] * B[..., None], state, reverse, DEPTH)
+    if torch.compiler.is_compiling():
+        drive = (step * u)[..., None, :] * B[..., None]
+        doublings, fixed = _doublings(length)
+        if fixed:
+            states = _scan_traced(step, A, drive, state, reverse, TRACED_CHUNKS)
+        else:
+            states = _scan_free(step, A, drive, state, reverse, doublings)
+    else:
+        if length > CHUNK:
+            u, step, B = (_filled(tensor, -2, CHUNK) for tensor in (u, step, B))
+        states = _scan(step, A, (step * u)[..., None, :] * B[..., None], state, reverse)
     # Tokens filled in at the end change no state.
     return states[..., :length, :, :], states[..., 0 if reverse else -1, :, :]
 
 
-def _filled(tensor: Tensor, axis: int) -> Tensor:
+def _filled(tensor: Tensor, axis: int, chunk: int) -> Tensor:
     """Zeros up to a whole number of chunks. Tokens whose step is zero leave the state as it is."""
-    missing = -tensor.shape[axis] % CHUNK
+    length = tensor.shape[axis]
+    missing = (length + chunk - 1) // chunk * chunk - length
     return tensor if known(missing == 0) else F.pad(tensor, (0, 0) * (-1 - axis) + (0, missing))
 
 
-def _scan(step: Tensor, A: Tensor, drive: Tensor, state: Tensor, reverse: bool, depth: int) -> Tensor:
+def _chunks(step: Tensor, drive: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """The axis of tokens cut in two, chunks and tokens of a chunk."""
+    sizes = (drive.shape[-3] + chunk - 1) // chunk, chunk
+    return _filled(step, -2, chunk).unflatten(-2, sizes), _filled(drive, -3, chunk).unflatten(-3, sizes)
+
+
+def _scan(step: Tensor, A: Tensor, drive: Tensor, state: Tensor, reverse: bool) -> Tensor:
     """States (..., L, N, d) of h_t = exp(step_t A) h_(t-1) + drive_t, drive being (..., L, N, d)."""
-    if known(drive.shape[-3] <= CHUNK):
-        return torch.stack(_walk(_decay(step, A[..., None, :, :]), drive, state, reverse), -3)
-    if depth == 0:
-        return _pairs(step, A, drive, state, reverse)
     length = drive.shape[-3]
-    chunks = (-(-length // CHUNK), CHUNK)
-    step, drive = _filled(step, -2).unflatten(-2, chunks), _filled(drive, -3).unflatten(-3, chunks)
+    if length <= CHUNK:
+        return torch.stack(_walk(_decay(step, A[..., None, :, :]), drive, state, reverse), -3)
+    step, drive = _chunks(step, drive, CHUNK)
     decay = _decay(step, A[..., None, None, :, :])
     added = _walk(decay, drive, None, reverse)[0 if reverse else -1]
-    ends = _scan(step.sum(-2), A, added, state, reverse, depth - 1)
-    starts = _moved(ends, state, reverse)
-    return torch.stack(_walk(decay, drive, starts, reverse), -3).flatten(-4, -3)[..., :length, :, :]
-
-
-def _pairs(step: Tensor, A: Tensor, drive: Tensor, state: Tensor, reverse: bool) -> Tensor:
-    """What `_scan` computes, by what each token leaves at each later one: for few tokens."""
-    if reverse:
-        return _pairs(step.flip(-2), A, drive.flip(-3), state, False).flip(-3)
-    drive = torch.cat((state[..., None, :, :], drive), -3)
-    until = F.pad(step.cumsum(-2), (0, 0, 1, 0))
-    earlier = torch.ones(drive.shape[-3], drive.shape[-3], dtype=torch.bool, device=drive.device).tril()[..., None]
-    between = torch.where(earlier, until[..., :, None, :] - until[..., None, :, :], 0.0)
-    left = torch.where(earlier[..., None], _decay(between, A[..., None, None, :, :]), 0.0)
-    return (left * drive[..., None, :, :, :]).sum(-3)[..., 1:, :, :]
+    ends = _scan(step.sum(-2), A, added, state, reverse)
+    states = _walk(decay, drive, _moved(ends, state, reverse), reverse)
+    return torch.stack(states, -3).flatten(-4, -3)[..., :length, :, :]
 
 
 def _decay(step: Tensor, A: Tensor) -> Tensor:
@@ -193,3 +197,54 @@ def _moved(ends: Tensor, state: Tensor, reverse: bool) -> Tensor:
     if reverse:
         return torch.cat((ends, first), -3)[..., 1:, :, :]
     return torch.cat((first, ends), -3)[..., :-1, :, :]
+
+
+def _doublings(length: int) -> tuple[int, bool]:
+    """How often 1 is to be doubled to reach a length, and whether that is all: whether the length is fixed."""
+    for count in range(MOST_DOUBLINGS + 1):
+        if known(length <= 2**count):
+            return count, count == 0 or known(length > 2 ** (count - 1))
+    return MOST_DOUBLINGS, known(length > 2**MOST_DOUBLINGS)
+
+
+def _scan_free(step: Tensor, A: Tensor, drive: Tensor, state: Tensor, reverse: bool, doublings: int) -> Tensor:
+    """What `_scan` computes, without any size but those of its inputs."""
+    decay = _decay(step, A[..., None, :, :])
+    states, through = drive, decay
+    for distance in (2**count for count in range(doublings)):
+        states = torch.addcmul(states, through, _shifted(states, distance, reverse, 0.0))
+        through = through * _shifted(through, distance, reverse, 1.0)
+    return torch.addcmul(states, through, state[..., None, :, :])
+
+
+def _shifted(tensor: Tensor, distance: int, reverse: bool, value: float) -> Tensor:
+    """What lies so many tokens before each, (..., L, N, d)."""
+    if reverse:
+        return F.pad(tensor, (0, 0, 0, 0, 0, distance), value=value)[..., distance:, :, :]
+    return F.pad(tensor, (0, 0, 0, 0, distance, 0), value=value)[..., :-distance, :, :]
+
+
+def _scan_traced(
+    step: Tensor, A: Tensor, drive: Tensor, state: Tensor, reverse: bool, chunks: tuple[int, ...]
+) -> Tensor:
+    """What `_scan` computes, for compilers. Chunks of `chunks` tokens, and of what remains when there are no more."""
+    length = drive.shape[-3]
+    if not chunks:
+        return _pairs(step, A, drive, state[..., None, :, :], reverse)
+    step, drive = _chunks(step, drive, chunks[0])
+    rates = A[..., None, :, :]
+    until = (step.cumsum(-2) if reverse else step.flip(-2).cumsum(-2).flip(-2)) - step
+    added = (_decay(until, rates[..., None, :, :]) * drive).sum(-3)
+    ends = _scan_traced(step.sum(-2), A, added, state, reverse, chunks[1:])
+    starts = _moved(ends, state, reverse)[..., None, :, :]
+    return _pairs(step, rates, drive, starts, reverse).flatten(-4, -3)[..., :length, :, :]
+
+
+def _pairs(step: Tensor, A: Tensor, drive: Tensor, start: Tensor, reverse: bool) -> Tensor:
+    """States from what each token leaves at each later one, and the start, (..., 1, N, d), at all."""
+    since = step.flip(-2).cumsum(-2).flip(-2) if reverse else step.cumsum(-2)
+    later = torch.ones(step.shape[-2], step.shape[-2], dtype=torch.bool, device=step.device)
+    later = (later.triu() if reverse else later.tril())[..., None]
+    between = torch.where(later, since[..., :, None, :] - since[..., None, :, :], 0.0)
+    left = torch.where(later[..., None], _decay(between, A[..., None, None, :, :]), 0.0)
+    return (left * drive[..., None, :, :, :]).sum(-3) + _decay(since, A[..., None, :, :]) * start
