@@ -32,6 +32,7 @@ from vizoo.ops import (
     neighborhood_attention,
     region_routes,
     routing_attention,
+    state_space_dual,
     window_attention,
 )
 
@@ -124,6 +125,19 @@ NEIGHBORHOODS = {
     "256 x 256, windows of 13": (1, (256, 256), 8, 64, 13, 1),
 }
 """Inputs of neighborhood attention: batch, map, heads, channels of a head, kernel size and dilation."""
+
+DUALS = {
+    "vssd_tiny stage 1": (128, 56 * 56, 2, 64, 64, False),
+    "vssd_tiny stage 2": (128, 28 * 28, 4, 64, 64, False),
+    "vssd_tiny stage 3": (128, 14 * 14, 8, 64, 64, False),
+    "vssd_micro stage 1": (128, 56 * 56, 2, 48, 48, False),
+    "vssd_base stage 2": (128, 28 * 28, 6, 64, 64, False),
+    "vssd_tiny stage 1, 800x1333": (2, 200 * 334, 2, 64, 64, False),
+    "vssd_tiny stage 1, causal": (128, 56 * 56, 2, 64, 64, True),
+    "vssd_tiny stage 3, causal": (128, 14 * 14, 8, 64, 64, True),
+    "mamba2 of 1,024, 65,536 tokens": (1, 65536, 32, 64, 128, True),
+}
+"""State space duality: batch, tokens, heads, channels and states of a head, and whether tokens have an order."""
 
 
 def eager_sdpa(
@@ -495,6 +509,55 @@ def measure_neighborhood_attention(bandwidth: float, first: int | None, eager: b
     return rows
 
 
+def einsum_dual(tensors: dict[str, Tensor], states: int) -> Tensor:
+    """What a model does without the operator, and without an order: two contractions, in the dtype of autocast."""
+    heads = tensors["A"].shape[0]
+    x, B, C = tensors["x"].split([tensors["x"].shape[-1] - 2 * states, states, states], -1)
+    x = x.unflatten(-1, (heads, -1))
+    weights = F.softplus(tensors["dt"].float() + tensors["dt_bias"]) * -tensors["A"]
+    state = torch.einsum("bln,blhp->bhnp", B, x * weights[..., None].to(x.dtype))
+    return torch.einsum("bln,bhnp->blhp", C, state) + x * tensors["D"][:, None].to(x.dtype)
+
+
+def measure_state_space_dual(bandwidth: float, first: int | None, eager: bool) -> list[dict[str, Any]]:
+    """State space duality in bfloat16, beside two einsums or, where tokens have an order, its definition in chunks."""
+    rows = []
+    for name, (batch, L, heads, P, N, causal) in list(DUALS.items())[:first]:
+        tensors = {
+            "x": torch.randn(batch, L, heads * P + 2 * N, device="cuda", dtype=torch.bfloat16),
+            "dt": torch.randn(batch, L, heads, device="cuda", dtype=torch.bfloat16) - 3,
+            "A": -torch.rand(heads, device="cuda"),
+            "D": torch.randn(heads, device="cuda"),
+            "dt_bias": torch.randn(heads, device="cuda"),
+        }
+        tensors = {key: tensor.requires_grad_() for key, tensor in tensors.items()}
+        options: dict[str, Any] = {"causal": causal, "softplus": True, "states": N}
+
+        def ours(tensors: dict[str, Tensor], options: dict[str, Any] = options) -> Tensor:
+            return state_space_dual(**tensors, **options, implementation="triton")
+
+        def plain(tensors: dict[str, Tensor], options: dict[str, Any] = options) -> Tensor:
+            if not options["causal"]:
+                return einsum_dual(tensors, options["states"])
+            return state_space_dual(**tensors, **options, implementation="reference")
+
+        check(ours(tensors).float(), plain(tensors).float())
+        packed, out = tensors["x"].nbytes + tensors["dt"].nbytes, tensors["x"].nbytes * heads * P // (heads * P + 2 * N)
+        ways = {"vizoo": ours, "torch eager": plain, "torch compiled": torch.compile(plain, dynamic=False)}
+        for way, function in chosen(ways, eager).items():
+            figures = measure(function, tensors)
+            shares = {
+                "forward_share": (packed + out) / bandwidth / figures["forward_device_ms"] * 1e3,
+                # Backward reads the inputs and the incoming gradient, and writes those of the inputs.
+                "both_share": (3 * packed + 2 * out) / bandwidth / figures["both_device_ms"] * 1e3,
+            }
+            row = {"op": "state_space_dual", "name": name, "shape": (batch, L, heads, P, N), "causal": causal}
+            rows.append({**row, "implementation": way, **figures, **shares})
+            print(line(rows[-1]), flush=True)
+        torch.compiler.reset()
+    return rows
+
+
 Ways = dict[str, Callable[[dict[str, Tensor]], Tensor]]
 
 
@@ -534,6 +597,7 @@ OPERATORS = {
     "layer_norm": measure_layer_norm,
     "neighborhood_attention": measure_neighborhood_attention,
     "routing_attention": measure_routing_attention,
+    "state_space_dual": measure_state_space_dual,
     "window_attention": measure_window_attention,
 }
 

@@ -154,9 +154,9 @@ def backward(
     if grad_out.numel():
         with gpu.on(x.device):
             if causal:
-                before, decays = _collected(call, call.x, call.B, tile.rows)
+                before, decays = _collected(call, call.x, call.B, tile.rows, rows=tile.rows)
                 _scanned(call, before, decays, None if initial is None else initial.contiguous())
-                after, _ = _collected(call, grad_out, call.C, tile.rows, gradient=True)
+                after, _ = _collected(call, grad_out, call.C, tile.rows, gradient=True, rows=tile.rows)
                 grad_initial = _scanned(call, after, decays, grad_state, reverse=True)
             else:
                 before, after = state, _summed(call, grad_out, call.C, grad_state, gradient=True)
@@ -189,10 +189,15 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _collected(
-    call: _Call, left: Tensor, right: Tensor, length: int, gradient: bool = False
+    call: _Call, left: Tensor, right: Tensor, length: int, gradient: bool = False, rows: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """What each chunk adds to a state (or to its gradient), and what is left of the state after it."""
+    """What each chunk adds to a state (or to its gradient), and what is left of the state after it.
+
+    Chunks that are known to be of so many rows need no larger tile.
+    """
     tile = tiles.collect(call.P, call.N, call.x.element_size())
+    if rows is not None:
+        tile = tile._replace(rows=min(rows, tile.rows))
     chunks = -(-call.L // length)
     parts = call.state_like(chunks)
     decays = None
