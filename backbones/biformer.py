@@ -59,7 +59,7 @@ from .base import (
     make_classifier,
     nearest,
 )
-from .layers import DropPath, LayerNorm, Mlp, is_plain, larger, smaller, zero_pad
+from .layers import DropPath, LayerNorm, Mlp, crop, is_plain, larger, smaller, zero_pad
 
 STRIDE = 4
 """Stride of the stem; every further stage halves the map."""
@@ -249,12 +249,6 @@ def convolve(conv: nn.Conv2d, x: Tensor, residual: bool = False) -> Tensor:
         return depthwise_conv(x, conv.weight, conv.bias, residual=residual)
     out = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return x + out if residual else out
-
-
-def crop(x: Tensor, height: int, width: int) -> Tensor:
-    """The upper left part of a map: (B, H, W, C) to (B, height, width, C)."""
-    # Padding takes less than nothing, too; slicing would ask a compiler which of two free sizes is larger.
-    return zero_pad(x, 0, 0, 0, width - x.shape[2], 0, height - x.shape[1])
 
 
 def pool_regions(x: Tensor, regions: int, mode: Pooling, size: int) -> Tensor:

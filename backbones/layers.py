@@ -105,6 +105,12 @@ def zero_pad(x: Tensor, *pads: int) -> Tensor:
     return F.pad(x, pads)
 
 
+def crop(x: Tensor, height: int, width: int) -> Tensor:
+    """The upper left part of a map: (B, H, W, C) to (B, height, width, C)."""
+    # Padding takes less than nothing, too; slicing would ask a compiler which of two free sizes is larger.
+    return zero_pad(x, 0, 0, 0, width - x.shape[2], 0, height - x.shape[1])
+
+
 def round_up(size: int, multiple: int) -> int:
     """The next multiple. Written so that a padded size simplifies to it where sizes are symbolic."""
     return (size + multiple - 1) // multiple * multiple

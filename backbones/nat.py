@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from vizoo.ops import neighborhood_attention
-from vizoo.ops.tracing import known
 from vizoo.weights.record import Weights
 
 from .base import (
@@ -41,7 +40,7 @@ from .base import (
     init_linear,
     make_classifier,
 )
-from .layers import DropPath, LayerNorm, Mlp, larger, zero_pad
+from .layers import DropPath, LayerNorm, Mlp, crop, larger, zero_pad
 
 STRIDE = 4
 """Stride of the stem; every further stage halves the map."""
@@ -168,19 +167,11 @@ class NeighborhoodAttention(nn.Module):
         x = zero_pad(x, 0, 0, 0, larger(width, reach) - width, 0, larger(height, reach) - height)
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, channels // self.heads))
         out = neighborhood_attention(qkv, kernel_size=self.kernel_size, dilation=self.dilation, bias=self.rpb)
-        return self.proj(crop(out, height, width).flatten(3))
+        return self.proj(crop(out.flatten(3), height, width))
 
     def extra_repr(self) -> str:
         """Neighborhood, for printing."""
         return f"kernel_size={self.kernel_size}, dilation={self.dilation}"
-
-
-def crop(x: Tensor, height: int, width: int) -> Tensor:
-    """The top left part of a map (B, H, W, ...), by an index where it is one: a slice would guard symbolic sizes."""
-    for axis, size in ((1, height), (2, width)):
-        if not known(x.shape[axis] == size):
-            x = x.index_select(axis, torch.arange(size, device=x.device))
-    return x
 
 
 class NatBlock(nn.Module):

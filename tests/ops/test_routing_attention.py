@@ -304,7 +304,10 @@ def test_direct_launch_equals_the_registered_operator(case: Case, device: torch.
 
 def test_tracers_see_the_registered_operator(device: torch.device) -> None:
     case = ROUTED[0]
-    traced = make_fx(lambda query: case.call("triton")({"query": query}))
+    routes = case.routes().to(device)
+    traced = make_fx(
+        lambda query: routing_attention(query, routes=routes, region_size=case.region, implementation="triton")
+    )
     assert "torch.ops.vizoo.routing_attention" in traced(case.tensors(torch.float32, device)["query"]).code
 
 
