@@ -233,7 +233,8 @@ class PlainMamba(Backbone):
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """Position table as a map (1, H, W, C)."""
-        table, sides = self.pos_embed, self.config.map_sides
+        table: Tensor = self.pos_embed
+        sides = self.config.map_sides
         if not (known(rows == sides[0]) and known(columns == sides[1])):
             table = resize_positions(table, sides, (rows, columns))
         return table.unflatten(1, (rows, columns))

@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vizoo.ops import selective_scan
 from vizoo.ops.tracing import known
@@ -316,7 +317,7 @@ class VimBlock(nn.Module):
         """(B, L, C) to the same shape."""
         return x + self.drop_path(self.mixer(self.norm(x)))
 
-    def sparse(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    def sparse(self, x: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor]:
         """The same of what is left of a sequence, and the importance of each token, (B, L)."""
         y = self.mixer.scan(self.norm(x), position)
         return x + self.drop_path(self.mixer.out_proj(y)), y.detach().float().clamp(min=0).mean(-1)
@@ -398,6 +399,41 @@ class Vim(Backbone):
     def _blocks(self, stage: int) -> range:
         """Numbers of the blocks of a stage."""
         return range(self.ends[stage] - self.config.depths[stage], self.ends[stage])
+
+    def _walk(self, x: Tensor, wanted: Sequence[int]) -> list[tuple[int, Tensor]]:
+        return self._walk_pruned(x, wanted) if self.config.prune_after else super()._walk(x, wanted)
+
+    def _walk_pruned(self, x: Tensor, wanted: Sequence[int]) -> list[tuple[int, Tensor]]:
+        self._check_input(x)
+        whole = x = self.stem(x)
+        position: Tensor | None = None
+        found = []
+        for number, layer in enumerate(self.layers[: self.ends[wanted[-1]]], 1):
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x, importance = checkpoint(layer.sparse, x, position, use_reentrant=False)
+            else:
+                x, importance = layer.sparse(x, position)
+            if number in self.config.prune_after or number in self.ends:
+                whole = x if position is None else whole.scatter(1, position[..., None].expand_as(x), x)
+            if number in self.ends and self.ends.index(number) in wanted:
+                found.append((self.ends.index(number), whole))
+            if number in self.config.prune_after:
+                kept = self._kept(importance, position, whole.shape[1])
+                position = kept if position is None else position.gather(1, kept)
+                x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
+        return found
+
+    def _kept(self, importance: Tensor, position: Tensor | None, length: int) -> Tensor:
+        """Which tokens stay, ascending, (B, L'); the class token always does, and L' is odd as published."""
+        tokens = importance.shape[1]
+        if not self.config.class_token:
+            count = math.ceil(tokens * self.config.keep_ratio)
+        else:
+            count = min(math.ceil((tokens - 1) * self.config.keep_ratio) // 2 * 2 + 1, tokens)
+            middle = (length - 1) // 2
+            place = torch.arange(tokens, device=importance.device) if position is None else position
+            importance = importance.masked_fill(place == middle, float("inf"))
+        return importance.topk(count, sorted=False).indices.sort(1).values
 
     def downsample(self, index: int, x: Tensor) -> Tensor:
         """Nothing: all stages have one resolution."""
