@@ -35,7 +35,7 @@ def _later(a, b):
 
 @triton.jit
 def _softplus(v):
-    """log(1 + e^v) to the precision of float32, and e^-|v|. A polynomial is cheaper than the logarithm."""
+    """log(1 + e^v) to the precision of float32. A polynomial is cheaper than the logarithm."""
     z = tl.exp2(-tl.abs(v) * LOG2E)
     p = 0.0051058258 * z - 0.0289919564
     p = p * z + 0.0773807384
@@ -45,7 +45,7 @@ def _softplus(v):
     p = p * z + 0.333179343
     p = p * z - 0.499994357
     p = p * z + 0.999999965
-    return tl.maximum(v, 0.0) + z * p, z
+    return tl.maximum(v, 0.0) + z * p
 
 
 @triton.jit
@@ -56,7 +56,10 @@ def _lines(H, W, columns, continuous, T: tl.constexpr):
 
 
 @triton.jit
-def _places(tile, token, H, W, columns, continuous, routed, backwards, T: tl.constexpr):
+def _places(
+    tile, token, H, W, columns, continuous, backwards,
+    T: tl.constexpr, CONTINUOUS: tl.constexpr, ROUTED: tl.constexpr,
+):  # fmt: skip
     """Where a tile lies.
 
     Returns:
@@ -65,14 +68,20 @@ def _places(tile, token, H, W, columns, continuous, routed, backwards, T: tl.con
     """
     length, pieces = _lines(H, W, columns, continuous, T)
     along, across = tl.where(columns, W, 1), tl.where(columns, 1, W)
-    line = tile // pieces
-    first = tile % pieces * T
-    turned = continuous & (line % 2 == 1)
-    pixel = line * across + tl.where(turned, length - 1 - first, first) * along
-    stride = tl.where(turned, -along, along)
-    step = line * length + first
-    row = tl.where(routed, pixel, tl.where(backwards, H * W - 1 - step, step))
-    row_stride = tl.where(routed, stride, tl.where(backwards, -1, 1))
+    line = (tile.to(tl.uint32) // pieces.to(tl.uint32)).to(tl.int32)
+    first = (tile - line * pieces) * T
+    # The shift gives zero. It hides that the stride is always the same, or else all multiples of it would be kept in
+    # registers, one for each token, where a multiplication is as cheap as an addition.
+    pixel, stride = line * across + first * along, along + (line >> 31)
+    if CONTINUOUS:
+        turned = continuous & (line % 2 == 1)
+        pixel = tl.where(turned, line * across + (length - 1 - first) * along, pixel)
+        stride = tl.where(turned, -along, along)
+    row, row_stride = pixel, stride
+    if not ROUTED:
+        step = line * length + first
+        row = tl.where(backwards, H * W - 1 - step, step)
+        row_stride = tl.where(backwards, -1, 1)
     return pixel, stride, row, row_stride, first + token < length, line, first
 
 
@@ -97,10 +106,25 @@ def _last(tile, token, LAST: tl.constexpr):
 
 
 @triton.jit
-def _tile(pointer, offset, channel, real, d):
+def _mask(real, channel, d, WHOLE: tl.constexpr):
+    """Which numbers of a tile there are; all channels are if blocks divide them."""
+    mask = tl.broadcast_to(real[:, None], (real.shape[0], channel.shape[0]))
+    if not WHOLE:
+        mask = mask & (channel < d)[None, :]
+    return mask
+
+
+@triton.jit
+def _spots(start, stride, token, channel):
+    """Where the numbers of a tile are in an image: 32 bits, so that a thread keeps few addresses."""
+    return (start + channel)[None, :] + (token * stride)[:, None]
+
+
+@triton.jit
+def _tile(pointer, start, stride, token, channel, real, d, WHOLE: tl.constexpr):
     """Numbers of a tile of tokens and channels."""
-    mask = real[:, None] & (channel < d)[None, :]
-    return tl.load(pointer + (offset[:, None] + channel[None, :]), mask=mask, other=0.0)
+    where = _spots(start, stride, token, channel)
+    return tl.load(pointer + where, mask=_mask(real, channel, d, WHOLE), other=0.0)
 
 
 @triton.jit
@@ -117,28 +141,30 @@ def _projection(weight, k, channel, d, R: tl.constexpr, RP: tl.constexpr):
 
 
 @triton.jit
-def _sources(delta, offset, channel, real, d, R: tl.constexpr, RP: tl.constexpr):
+def _sources(delta, start, stride, token, channel, real, d, R: tl.constexpr, RP: tl.constexpr, WHOLE: tl.constexpr):
     """What the steps of a tile are made from: (T, RP) numbers to project, or (T, C) steps if R is 0."""
     if R == 0:
-        return _tile(delta, offset, channel, real, d)
+        numbers = _tile(delta, start, stride, token, channel, real, d, WHOLE)
     else:
         column = tl.arange(0, RP)
         mask = real[:, None] & (column < R)[None, :]
-        return tl.load(delta + (offset[:, None] + column[None, :]), mask=mask, other=0.0)
+        numbers = tl.load(delta + _spots(start, stride, token, column), mask=mask, other=0.0)
+    return numbers
 
 
 @triton.jit
 def _product(a, b, acc):
     """acc + a b, exact to float32's precision unless both are half."""
     if a.dtype == b.dtype and a.dtype != tl.float32:
-        return tl.dot(a, b, acc)
+        acc = tl.dot(a, b, acc)
     else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")
+    return acc
 
 
 @triton.jit
 def _steps(sources, projection, bias, real, T: tl.constexpr, C: tl.constexpr, SOFTPLUS: tl.constexpr):
-    """Steps of a tile, and e^-|v| and the sign of v, from which softplus has its derivative.
+    """Steps of a tile, and what softplus was taken of.
 
     A product leaves tokens in many threads. A scan that changes nothing brings those of a channel together, once, so
     that all that follows stays in a thread.
@@ -150,10 +176,16 @@ def _steps(sources, projection, bias, real, T: tl.constexpr, C: tl.constexpr, SO
         v += sources.to(tl.float32)
     else:
         v = tl.associative_scan(_product(sources, projection, v), 0, _later)
-    steps, z = v, v
+    steps = v
     if SOFTPLUS:
-        steps, z = _softplus(v)
-    return tl.where(real[:, None], steps, 0.0), z, v >= 0
+        steps = _softplus(v)
+    return tl.where(real[:, None], steps, 0.0), v
+
+
+@triton.jit
+def _spread(values):
+    """One number for each token, loaded once. Without the scan, which changes nothing, each thread would load all."""
+    return tl.associative_scan(values, 0, _later)
 
 
 @triton.jit
@@ -163,27 +195,25 @@ def _drive_map(B, direction_B, n, offset, real, token, line, first, H, W, column
     if direction_B is not None:
         direction = _direction(line, first + token, H, W, columns, backwards)
         values += tl.load(direction_B + direction * N + n, mask=real, other=0.0).to(tl.float32)
-    return values
+    return _spread(values)
 
 
 @triton.jit
 def _read(
     x, delta, B, direction_B, n, tile, token, channel, H, W, d, x_pixel, delta_pixel, B_pixel,
-    columns, continuous, backwards, against,
-    N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, ROUTED: tl.constexpr,
+    columns, continuous, backwards,
+    N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr,
+    CONTINUOUS: tl.constexpr, ROUTED: tl.constexpr,
 ):  # fmt: skip
-    """x, sources of the steps, and B of a tile, its tokens in the order of the scan."""
-    token = tl.where(against, T - 1 - token, token)
+    """x, sources of the steps, and B of a tile, and which of its tokens there are."""
     pixel, stride, row, row_stride, real, line, first = _places(
-        tile, token, H, W, columns, continuous, ROUTED, backwards, T
+        tile, token, H, W, columns, continuous, backwards, T, CONTINUOUS, ROUTED
     )
-    values = _tile(x + pixel.to(tl.int64) * x_pixel, token * (stride * x_pixel), channel, real, d)
-    offset = token * (row_stride * delta_pixel)
-    sources = _sources(delta + row.to(tl.int64) * delta_pixel, offset, channel, real, d, R, RP)
-    B += row.to(tl.int64) * B_pixel
-    offset = token * (row_stride * B_pixel)
+    values = _tile(x, pixel * x_pixel, stride * x_pixel, token, channel, real, d, WHOLE)
+    sources = _sources(delta, row * delta_pixel, row_stride * delta_pixel, token, channel, real, d, R, RP, WHOLE)
+    offset = row * B_pixel + token * (row_stride * B_pixel)
     map = _drive_map(B, direction_B, n, offset, real, token, line, first, H, W, columns, backwards, N)
-    return values, sources, map
+    return values.to(tl.float32), sources, map, real
 
 
 @triton.jit(do_not_specialize=[
@@ -194,9 +224,9 @@ def states(
     x, delta, weight, bias, A, B, direction_B, total_steps, ends, out,
     H, W, d, stored, segments,
     x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
-    CODES: tl.constexpr, K: tl.constexpr, N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    T: tl.constexpr, C: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr,
-    ADJOINT: tl.constexpr, AGGREGATE: tl.constexpr,
+    CODES: tl.constexpr, CONTINUOUS: tl.constexpr, K: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+    RP: tl.constexpr, T: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr,
+    ROUTED: tl.constexpr, ADJOINT: tl.constexpr, AGGREGATE: tl.constexpr,
 ):  # fmt: skip
     """State of each route before each of its tiles, (B, K, stored, N, d), or with ADJOINT that of its gradient.
 
@@ -234,34 +264,28 @@ def states(
         for s in range(0 if AGGREGATE else segment):
             where = (before + s * N) * d
             h = tl.exp2(rate * _vector(total_steps + where, channel, d)) * h + _vector(ends + where, channel, d)
-    token = tl.arange(0, T)
+    order = tl.arange(0, T)
     sums = tl.zeros((C,), tl.float32)
     each = tl.cdiv(tiles, segments)
     begin, end = segment * each, tl.minimum(segment * each + each, tiles)
     tile = tl.where(against, tiles - 1 - begin, begin)
     onward = tl.where(against, -1, 1)
-    values, sources, map = _read(
-        x, delta, B, direction_B, n, tile, token, channel, H, W, d, x_pixel, delta_pixel, B_pixel,
-        columns, continuous, backwards, against, N, R, RP, T, ROUTED,
-    )  # fmt: skip
-    for i in range(begin, end):
-        # The next tile is on its way while this one is scanned.
-        following = tl.where(i + 1 < end, tile + onward, tile)
-        next_values, next_sources, next_map = _read(
-            x, delta, B, direction_B, n, following, token, channel, H, W, d, x_pixel, delta_pixel, B_pixel,
-            columns, continuous, backwards, against, N, R, RP, T, ROUTED,
+    token = tl.where(against, T - 1 - order, order)
+    for _ in range(begin, end):
+        values, sources, map, real = _read(
+            x, delta, B, direction_B, n, tile, token, channel, H, W, d, x_pixel, delta_pixel, B_pixel,
+            columns, continuous, backwards, N, R, RP, T, WHOLE, CONTINUOUS, ROUTED,
         )  # fmt: skip
         if not AGGREGATE:
-            tl.store(out + tile.to(tl.int64) * N * d + channel, h, mask=channel < d)
-        real = tile % pieces * T + tl.where(against, T - 1 - token, token) < length
+            tl.store(out + tile.to(tl.int64) * (N * d) + channel, h, mask=channel < d)
         steps = _steps(sources, projection, shift, real, T, C, SOFTPLUS)[0]
         decay = tl.exp2(steps * rate[None, :])
-        drive = (decay if ADJOINT else steps) * values.to(tl.float32) * map[:, None]
-        drive = tl.where(token[:, None] == 0, decay * h[None, :] + drive, drive)
-        h = _last(tl.associative_scan((decay, drive), 0, _combine)[1], token, T - 1)
+        drive = (decay if ADJOINT else steps) * values * map[:, None]
+        drive = tl.where(order[:, None] == 0, decay * h[None, :] + drive, drive)
+        h = _last(tl.associative_scan((decay, drive), 0, _combine)[1], order, T - 1)
         if AGGREGATE:
             sums += tl.sum(steps, 0)
-        tile, values, sources, map = following, next_values, next_sources, next_map
+        tile += onward
     if AGGREGATE:
         where = (before + segment * N) * d + channel
         tl.store(total_steps + where, sums, mask=channel < d)
@@ -270,34 +294,40 @@ def states(
 
 @triton.jit
 def _scanned(decay, drive, state, token, LAST: tl.constexpr, BACKWARDS: tl.constexpr):
-    """States at each token of a tile from the one before it."""
+    """States at each token of a tile from the one before it.
+
+    Within a thread, turning a tile over is but another name for its registers; a scan told to run in reverse would
+    exchange them between threads.
+    """
     first = token[:, None] == (LAST if BACKWARDS else 0)
     drive = tl.where(first, decay * state[None, :] + drive, drive)
-    _, h = tl.associative_scan((decay, drive), 0, _combine, reverse=BACKWARDS)
+    if BACKWARDS:
+        h = tl.flip(tl.associative_scan((tl.flip(decay, 0), tl.flip(drive, 0)), 0, _combine)[1], 0)
+    else:
+        h = tl.associative_scan((decay, drive), 0, _combine)[1]
     return h
 
 
 @triton.jit
 def _route_output(
     y, values, delta, projection, shift, A, B, Cm, direction_B, states, tile, token, channel, image,
-    H, W, d, stored, delta_pixel, B_pixel, C_pixel,
-    k: tl.constexpr, K: tl.constexpr, N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    T: tl.constexpr, C: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr, COLUMNS: tl.constexpr,
+    H, W, d, stored, delta_pixel, B_pixel,
+    k: tl.constexpr, K: tl.constexpr, N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, T: tl.constexpr,
+    C: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr, COLUMNS: tl.constexpr,
     CONTINUOUS: tl.constexpr, BACKWARDS: tl.constexpr,
 ):  # fmt: skip
     """Adds what one route gives at each token of a tile, without the skip."""
-    _, _, row, stride, real, line, first = _places(tile, token, H, W, COLUMNS, CONTINUOUS, ROUTED, BACKWARDS, T)
-    row = row.to(tl.int64)
-    sources = _sources(delta + row * delta_pixel, token * (stride * delta_pixel), channel, real, d, R, RP)
-    steps, _, _ = _steps(sources, projection, shift, real, T, C, SOFTPLUS)
+    place = _places(tile, token, H, W, COLUMNS, CONTINUOUS, BACKWARDS, T, CONTINUOUS, ROUTED)
+    row, stride, real, line, first = place[2], place[3], place[4], place[5], place[6]
+    sources = _sources(delta, row * delta_pixel, stride * delta_pixel, token, channel, real, d, R, RP, WHOLE)
+    steps = _steps(sources, projection, shift, real, T, C, SOFTPLUS)[0]
     driven = steps * values
-    B, Cm = B + row * B_pixel, Cm + row * C_pixel
+    offset = row * B_pixel + token * (stride * B_pixel)
     states += ((image * K + k) * stored + tile) * N * d
     for n in range(N):
         rate = _vector(A + k * d * N + n, channel * N, d * N) * LOG2E
-        offset = token * (stride * B_pixel)
         map = _drive_map(B, direction_B, n, offset, real, token, line, first, H, W, COLUMNS, BACKWARDS, N)
-        read = tl.load(Cm + token * (stride * C_pixel) + n, mask=real, other=0.0).to(tl.float32)
+        read = _spread(tl.load(Cm + offset + n, mask=real, other=0.0).to(tl.float32))
         state = _vector(states + n * d, channel, d)
         h = _scanned(tl.exp2(steps * rate[None, :]), driven * map[:, None], state, token, T - 1, BACKWARDS)
         y += h * read[:, None]
@@ -320,15 +350,15 @@ def _constants(weight, bias, D, k, channel, d, R: tl.constexpr, RP: tl.constexpr
 
 @triton.jit(do_not_specialize=[
     "H", "W", "d", "stored", "images", "x_image", "x_pixel", "delta_image", "delta_pixel", "delta_route",
-    "B_image", "B_pixel", "B_route", "C_image", "C_pixel", "C_route",
+    "B_image", "B_pixel", "B_route",
 ])  # fmt: skip
 def outputs(
     x, delta, weight, bias, A, B, Cm, D, direction_B, states, earlier, out,
     H, W, d, stored, images,
-    x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route, C_image, C_pixel, C_route,
+    x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
     FORTH: tl.constexpr, BACK: tl.constexpr, COLUMNS: tl.constexpr, CONTINUOUS: tl.constexpr,
     K: tl.constexpr, N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
-    SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr,
+    WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr,
 ):  # fmt: skip
     """Adds what a route (FORTH) and its reverse (BACK) give to what earlier launches gave; -1 is no route.
 
@@ -351,30 +381,30 @@ def outputs(
     for i in range(program * each, tl.minimum(program * each + each, images * tiles)):
         image = (i // tiles).to(tl.int64)
         tile = i % tiles
-        place = _places(tile, token, H, W, COLUMNS, CONTINUOUS, True, False, T)
-        pixel, stride, real = place[0].to(tl.int64), place[1], place[4]
-        values = _tile(x + image * x_image + pixel * x_pixel, token * (stride * x_pixel), channel, real, d)
+        place = _places(tile, token, H, W, COLUMNS, CONTINUOUS, False, T, CONTINUOUS, True)
+        pixel, stride, real = place[0], place[1], place[4]
+        values = _tile(x + image * x_image, pixel * x_pixel, stride * x_pixel, token, channel, real, d, WHOLE)
         values = values.to(tl.float32)
         y = skip[None, :] * values
-        spot, offset = (image * (H * W) + pixel) * d, token * (stride * d)
+        whole = image * (H * W) * d
         if earlier is not None:
-            y += _tile(earlier + spot, offset, channel, real, d)
+            y += _tile(earlier + whole, pixel * d, stride * d, token, channel, real, d, WHOLE)
         if FORTH >= 0:
             y = _route_output(
                 y, values, delta + image * delta_image + FORTH * delta_route, forth_projection, forth_shift, A,
-                B + image * B_image + FORTH * B_route, Cm + image * C_image + FORTH * C_route, direction_B, states,
-                tile, token, channel, image, H, W, d, stored, delta_pixel, B_pixel, C_pixel,
-                FORTH, K, N, R, RP, T, C, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, False,
+                B + image * B_image + FORTH * B_route, Cm + image * B_image + FORTH * B_route, direction_B, states,
+                tile, token, channel, image, H, W, d, stored, delta_pixel, B_pixel,
+                FORTH, K, N, R, RP, T, C, WHOLE, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, False,
             )  # fmt: skip
         if BACK >= 0:
             y = _route_output(
                 y, values, delta + image * delta_image + BACK * delta_route, back_projection, back_shift, A,
-                B + image * B_image + BACK * B_route, Cm + image * C_image + BACK * C_route, direction_B, states,
-                tile, token, channel, image, H, W, d, stored, delta_pixel, B_pixel, C_pixel,
-                BACK, K, N, R, RP, T, C, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, True,
+                B + image * B_image + BACK * B_route, Cm + image * B_image + BACK * B_route, direction_B, states,
+                tile, token, channel, image, H, W, d, stored, delta_pixel, B_pixel,
+                BACK, K, N, R, RP, T, C, WHOLE, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, True,
             )  # fmt: skip
-        where = offset[:, None] + channel[None, :]
-        tl.store(out + spot + where, y.to(out.dtype.element_ty), mask=real[:, None] & (channel < d)[None, :])
+        where = _spots(pixel * d, stride * d, token, channel)
+        tl.store(out + whole + where, y.to(out.dtype.element_ty), mask=_mask(real, channel, d, WHOLE))
 
 
 @triton.jit
@@ -384,7 +414,11 @@ def _before(decay, drive, driver, state, token, LAST: tl.constexpr, BACKWARDS: t
     drive = tl.where(first, decay * state[None, :] + drive, drive)
     driver = tl.where(first, driver + state[None, :], driver)
     ones = tl.full(decay.shape, 1.0, tl.float32)
-    _, _, sums, _ = tl.associative_scan((decay, drive, driver, ones), 0, _combine_before, reverse=BACKWARDS)
+    if BACKWARDS:
+        turned = (tl.flip(decay, 0), tl.flip(drive, 0), tl.flip(driver, 0), ones)
+        sums = tl.flip(tl.associative_scan(turned, 0, _combine_before)[2], 0)
+    else:
+        sums = tl.associative_scan((decay, drive, driver, ones), 0, _combine_before)[2]
     return sums
 
 
@@ -393,10 +427,10 @@ def _route_gradients(
     grad_out, x, delta, weight, bias, A, B, Cm, D, direction_B, states, adjoints, earlier, grad_x, grad_delta,
     token_parts, parameter_parts, block, channel, begin, end, tiles,
     H, W, d, stored, images,
-    x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route, C_image, C_pixel, C_route,
+    x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
     k: tl.constexpr, K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    MP: tl.constexpr, T: tl.constexpr, C: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr,
-    COLUMNS: tl.constexpr, CONTINUOUS: tl.constexpr, BACKWARDS: tl.constexpr,
+    MP: tl.constexpr, T: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr,
+    ROUTED: tl.constexpr, COLUMNS: tl.constexpr, CONTINUOUS: tl.constexpr, BACKWARDS: tl.constexpr,
     TOKEN_PRECISION: tl.constexpr, WEIGHT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of some tiles through one route: adds that of x to an earlier one, and leaves parts of all others.
@@ -407,38 +441,39 @@ def _route_gradients(
     M: tl.constexpr = R + 2 * N
     P: tl.constexpr = R + N + 2
     projection, shift, skip = _constants(weight, bias, D, k, channel, d, R, RP)
+    if weight is not None:
+        wide = weight + (k * d + channel)[:, None] * R + column[None, :]
+        wide = tl.load(wide, mask=(channel < d)[:, None] & (column < R)[None, :], other=0.0).to(tl.float32)
     delta += k * delta_route
     B += k * B_route
-    Cm += k * C_route
+    Cm += k * B_route
     rates, by_skip = tl.zeros((NP, C), tl.float32), tl.zeros((C,), tl.float32)
     parameters = tl.zeros((C, MP), tl.float32)
     for i in range(begin, end):
         image = (i // tiles).to(tl.int64)
         tile = i % tiles
         pixel, stride, row, row_stride, real, line, first = _places(
-            tile, token, H, W, COLUMNS, CONTINUOUS, ROUTED, BACKWARDS, T
+            tile, token, H, W, COLUMNS, CONTINUOUS, BACKWARDS, T, CONTINUOUS, ROUTED
         )
-        pixel, row = pixel.to(tl.int64), row.to(tl.int64)
-        values = _tile(x + image * x_image + pixel * x_pixel, token * (stride * x_pixel), channel, real, d)
+        values = _tile(x + image * x_image, pixel * x_pixel, stride * x_pixel, token, channel, real, d, WHOLE)
         values = values.to(tl.float32)
-        spot, offset = (image * (H * W) + pixel) * d, token * (stride * d)
-        grads = _tile(grad_out + spot, offset, channel, real, d).to(tl.float32)
+        whole, spots = image * (H * W) * d, _spots(pixel * d, stride * d, token, channel)
+        mask = _mask(real, channel, d, WHOLE)
+        grads = tl.load(grad_out + whole + spots, mask=mask, other=0.0).to(tl.float32)
         by_skip += tl.sum(values * grads, 0)
-        source = delta + image * delta_image + row * delta_pixel
-        source_offset = token * (row_stride * delta_pixel)
-        sources = _sources(source, source_offset, channel, real, d, R, RP)
-        steps, z, positive = _steps(sources, projection, shift, real, T, C, SOFTPLUS)
+        source, start, onward = delta + image * delta_image, row * delta_pixel, row_stride * delta_pixel
+        sources = _sources(source, start, onward, token, channel, real, d, R, RP, WHOLE)
+        steps, v = _steps(sources, projection, shift, real, T, C, SOFTPLUS)
         sums = tl.zeros((T, MP), tl.float32)
         through, by_steps = tl.zeros((T, C), tl.float32), tl.zeros((T, C), tl.float32)
         where = ((image * K + k) * stored + tile) * N * d
+        offset = row * B_pixel + token * (row_stride * B_pixel)
         for n in range(N):
             rate = _vector(A + k * d * N + n, channel * N, d * N)
             map = _drive_map(
-                B + image * B_image + row * B_pixel, direction_B, n, token * (row_stride * B_pixel), real,
-                token, line, first, H, W, COLUMNS, BACKWARDS, N,
+                B + image * B_image, direction_B, n, offset, real, token, line, first, H, W, COLUMNS, BACKWARDS, N,
             )[:, None]  # fmt: skip
-            read = Cm + image * C_image + row * C_pixel + token * (row_stride * C_pixel) + n
-            read = tl.load(read, mask=real, other=0.0).to(tl.float32)[:, None]
+            read = _spread(tl.load(Cm + image * B_image + offset + n, mask=real, other=0.0).to(tl.float32))[:, None]
             decay = tl.exp2(steps * (rate * LOG2E)[None, :])
             drive = steps * values * map
             h = _scanned(decay, drive, _vector(states + where + n * d, channel, d), token, T - 1, BACKWARDS)
@@ -454,25 +489,25 @@ def _route_gradients(
             into = tl.where(column[None, :] == R + N + n, 1.0, 0.0) + tl.zeros((C, MP), tl.float32)
             sums = tl.dot(h * grads, into, sums, input_precision=TOKEN_PRECISION)
         if SOFTPLUS:
-            by_steps *= tl.where(positive, 1.0, z) / (1.0 + z)
+            by_steps *= tl.exp2((v - steps) * LOG2E)  # the sigmoid of v
         by_steps = tl.where(real[:, None], by_steps, 0.0)
-        mask = real[:, None] & (channel < d)[None, :]
         total = skip[None, :] * grads + steps * through
         if earlier is not None:
-            total += _tile(earlier + spot, offset, channel, real, d)
-        tl.store(grad_x + spot + (offset[:, None] + channel[None, :]), total.to(grad_x.dtype.element_ty), mask=mask)
+            total += tl.load(earlier + whole + spots, mask=mask, other=0.0)
+        tl.store(grad_x + whole + spots, total.to(grad_x.dtype.element_ty), mask=mask)
         right = tl.where(column[None, :] == R, 1.0, 0.0) + tl.zeros((T, MP), tl.float32)
         if weight is None:
-            spots = ((image * (H * W) + row) * K + k) * d + (token * (row_stride * K * d))[:, None] + channel[None, :]
-            tl.store(grad_delta + spots, by_steps.to(grad_delta.dtype.element_ty), mask=mask)
+            spots = _spots(row * (K * d) + k * d, row_stride * (K * d), token, channel)
+            tl.store(grad_delta + whole * K + spots, by_steps.to(grad_delta.dtype.element_ty), mask=mask)
         else:
-            spots = (k * d + channel)[:, None] * R + column[None, :]
-            wide = tl.load(weight + spots, mask=(channel < d)[:, None] & (column < R)[None, :], other=0.0)
-            sums = tl.dot(by_steps, wide.to(tl.float32), sums, input_precision=TOKEN_PRECISION)
-            right += _sources(source, source_offset, channel, real, d, R, MP).to(tl.float32)
-        spots = (((block * images + image) * (H * W) + row) * K + k) * M
-        spots += (token * (row_stride * K * M))[:, None] + column[None, :]
-        tl.store(token_parts + spots, sums, mask=real[:, None] & (column < M)[None, :])
+            sums = tl.dot(by_steps, wide, sums, input_precision=TOKEN_PRECISION)
+            right += _sources(source, start, onward, token, channel, real, d, R, MP, WHOLE).to(tl.float32)
+        spots = _spots(row * (K * M) + k * M, row_stride * (K * M), token, column)
+        tl.store(
+            token_parts + (block * images + image) * (H * W) * (K * M) + spots,
+            sums,
+            mask=real[:, None] & (column < M)[None, :],
+        )
         parameters = tl.dot(tl.trans(by_steps), right, parameters, input_precision=WEIGHT_PRECISION)
     parts = parameter_parts + k * d * P
     inside = channel < d
@@ -485,16 +520,16 @@ def _route_gradients(
 
 @triton.jit(do_not_specialize=[
     "H", "W", "d", "stored", "images", "x_image", "x_pixel", "delta_image", "delta_pixel", "delta_route",
-    "B_image", "B_pixel", "B_route", "C_image", "C_pixel", "C_route",
+    "B_image", "B_pixel", "B_route",
 ])  # fmt: skip
 def gradients(
     grad_out, x, delta, weight, bias, A, B, Cm, D, direction_B, states, adjoints, earlier,
     between, grad_x, grad_delta, token_parts, parameter_parts,
     H, W, d, stored, images,
-    x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route, C_image, C_pixel, C_route,
+    x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
     FORTH: tl.constexpr, BACK: tl.constexpr, COLUMNS: tl.constexpr, CONTINUOUS: tl.constexpr,
     K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, MP: tl.constexpr,
-    T: tl.constexpr, C: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr,
+    T: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr,
     TOKEN_PRECISION: tl.constexpr, WEIGHT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients through a route and its reverse: that of x, and parts of those of all else.
@@ -518,7 +553,7 @@ def gradients(
             earlier, between if BACK >= 0 else grad_x, grad_delta, token_parts, parts,
             block, channel, begin, end, tiles, H, W, d, stored, images,
             x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
-            C_image, C_pixel, C_route, FORTH, K, N, NP, R, RP, MP, T, C, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, False,
+            FORTH, K, N, NP, R, RP, MP, T, C, WHOLE, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, False,
             TOKEN_PRECISION, WEIGHT_PRECISION,
         )  # fmt: skip
     if FORTH >= 0 and BACK >= 0:
@@ -529,6 +564,6 @@ def gradients(
             between if FORTH >= 0 else earlier, grad_x, grad_delta, token_parts, parts,
             block, channel, begin, end, tiles, H, W, d, stored, images,
             x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
-            C_image, C_pixel, C_route, BACK, K, N, NP, R, RP, MP, T, C, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, True,
+            BACK, K, N, NP, R, RP, MP, T, C, WHOLE, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, True,
             TOKEN_PRECISION, WEIGHT_PRECISION,
         )  # fmt: skip

@@ -41,6 +41,11 @@ def _pitched(tensor: Tensor) -> _Map:
     side_by_side = known(last == 1) or known(tensor.shape[-1] == 1)
     if side_by_side and known(row == tensor.shape[2] * pixel):
         return _Map(tensor, tensor.stride(0), pixel, *route)
+    return _packed(tensor)
+
+
+def _packed(tensor: Tensor) -> _Map:
+    """All numbers of the tensor side by side."""
     _, H, W, *_, n = tensor.shape
     pixel = n * tensor.shape[3] if tensor.ndim == 5 else n
     return _Map(tensor.contiguous(), H * W * pixel, pixel, *((n,) if tensor.ndim == 5 else ()))
@@ -52,7 +57,10 @@ class _Call:
     def __init__(self, arguments: Arguments) -> None:
         x, delta, A, B, C, D, weight, bias, direction_B, codes, softplus, routed, _ = arguments
         self.codes = [int(code) for code in codes]
-        self.x, self.delta, self.B, self.C = (_pitched(tensor) for tensor in (x, delta, B, C))
+        self.x, self.delta = _pitched(x), _pitched(delta)
+        self.B, self.C = _pitched(B), _pitched(C)
+        if not all(known(b == c) for b, c in zip(self.B.strides, self.C.strides, strict=True)):
+            self.B, self.C = _packed(B), _packed(C)
         self.A, self.D, self.weight, self.bias, self.direction_B = (
             None if tensor is None else tensor.contiguous() for tensor in (A, D, weight, bias, direction_B)
         )
@@ -70,6 +78,7 @@ class _Call:
             "SOFTPLUS": softplus,
             "ROUTED": routed,
             "num_warps": 1,
+            "num_stages": 1,
         }
 
     @property
@@ -78,6 +87,10 @@ class _Call:
 
     def blocks(self, tile: tiles.Tile) -> int:
         return -(-self.d // tile.channels)
+
+    def block(self, tile: tiles.Tile) -> dict[str, Any]:
+        """Channels of a block, and whether such blocks are all there is."""
+        return {"C": tile.channels, "WHOLE": int(self.d) % tile.channels == 0}
 
     def programs(self, tile: tiles.Tile) -> int:
         """Programs for each block of channels, of the kernels that take tiles in turn."""
@@ -126,7 +139,8 @@ def _states(call: _Call, x: _Map, B: _Map, direction_B: Tensor | None, adjoint: 
         launchable(kernels.states)[(sequences * segments,)](
             x.data, call.delta.data, call.weight, call.bias, call.A, B.data, direction_B, *ends, out,
             *call.sizes, segments, *x.strides, *call.delta.strides, *B.strides,
-            CODES=codes, ADJOINT=adjoint, AGGREGATE=aggregate, C=tile.channels, **call.constants,
+            CODES=codes, CONTINUOUS=any(code & CONTINUOUS for code in call.codes), ADJOINT=adjoint, AGGREGATE=aggregate,
+            **call.block(tile), **call.constants,
         )  # fmt: skip
     return out
 
@@ -139,9 +153,9 @@ def _outputs(call: _Call, states: Tensor, earlier: Tensor | None, out: Tensor, g
     launchable(kernels.outputs)[(call.programs(tile) * call.blocks(tile),)](
         call.x.data, call.delta.data, call.weight, call.bias, call.A, call.B.data, call.C.data, call.D,
         call.direction_B, states, earlier, out,
-        *call.sizes, call.images, *call.x.strides, *call.delta.strides, *call.B.strides, *call.C.strides,
+        *call.sizes, call.images, *call.x.strides, *call.delta.strides, *call.B.strides,
         FORTH=forth, BACK=back, COLUMNS=order & COLUMNS != 0, CONTINUOUS=order & CONTINUOUS != 0,
-        C=tile.channels, **call.constants,
+        **call.block(tile), **call.constants,
     )  # fmt: skip
 
 
@@ -198,9 +212,9 @@ def _gradients(
     launchable(kernels.gradients)[(call.programs(tile) * call.blocks(tile),)](
         grad_out, call.x.data, call.delta.data, weight, call.bias, call.A, call.B.data, call.C.data, call.D,
         call.direction_B, states, adjoints, earlier, between, grad_x, grad_delta, token_parts, parameter_parts,
-        *call.sizes, call.images, *call.x.strides, *call.delta.strides, *call.B.strides, *call.C.strides,
+        *call.sizes, call.images, *call.x.strides, *call.delta.strides, *call.B.strides,
         FORTH=forth, BACK=back, COLUMNS=order & COLUMNS != 0, CONTINUOUS=order & CONTINUOUS != 0,
-        NP=tiles.power_of_two(call.N, 1), MP=tiles.power_of_two(call.R + 2 * call.N), C=tile.channels,
+        NP=tiles.power_of_two(call.N, 1), MP=tiles.power_of_two(call.R + 2 * call.N), **call.block(tile),
         TOKEN_PRECISION=precision(call.delta.data, call.B.data, call.C.data),
         WEIGHT_PRECISION=precision(weight, call.bias), **call.constants,
     )  # fmt: skip

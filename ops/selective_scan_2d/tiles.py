@@ -30,6 +30,7 @@ class Tile(NamedTuple):
 
 
 def _channels(d: int) -> int:
+    """A warp's width; more than one channel for a thread shares addresses among them, but takes more registers."""
     return 32 if d > 16 else 16
 
 
