@@ -171,11 +171,11 @@ class VmambaConfig:
 
     def _check_heads(self) -> None:
         for width in self.embed_dims:
-            if self.forward.scan == "m0" and self.inner(width) % self.rank(width):
+            inner, heads = self.inner(width), step_rank(width)
+            if self.forward.scan == "m0" and inner % heads:
                 raise ValueError(
-                    f"the {self.rank(width)} heads of m0 (channels / 16) must divide the scanned channels, got "
-                    f"{self.inner(width)} for a stage of {width} channels; nearest valid ssm_ratio: "
-                    f"{max(1, round(self.inner(width) / self.rank(width))) * self.rank(width) / width:g}"
+                    f"the {heads} heads of m0 must divide the scanned channels, got {inner} for a stage "
+                    f"of {width} channels; nearest valid ssm_ratio: {max(1, round(inner / heads)) * heads / width:g}"
                 )
 
     @property
@@ -192,9 +192,10 @@ class VmambaConfig:
         """Channels that a block of so many scans."""
         return int(self.ssm_ratio * channels)
 
-    def rank(self, channels: int) -> int:
-        """Numbers that a block of so many channels projects steps from."""
-        return math.ceil(channels / 16)
+
+def step_rank(channels: int) -> int:
+    """Numbers that steps are projected from at each pixel, for a block of so many channels."""
+    return math.ceil(channels / 16)
 
 
 class Permute(nn.Module):
@@ -220,10 +221,10 @@ def to_nhwc() -> nn.Module:
 
 
 class DepthwiseConv(nn.Conv2d):
-    """A depthwise 3 x 3 convolution of a map whose channels lie last."""
+    """A depthwise convolution of a map whose channels lie last."""
 
-    def __init__(self, channels: int, bias: bool = False) -> None:
-        super().__init__(channels, channels, 3, padding=1, groups=channels, bias=bias)
+    def __init__(self, channels: int, side: int = 3, bias: bool = False) -> None:
+        super().__init__(channels, channels, side, padding=side // 2, groups=channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
@@ -249,22 +250,39 @@ def make_output_norm(name: str, channels: int) -> nn.Module:
 
 
 class Mixer(nn.Module):
-    """What all mixers share: a projection, a convolution, a scan along routes, a norm, a gate and a projection."""
+    """What all mixers share: a projection, a convolution, a scan along routes, a norm, a gate and a projection.
 
-    conv2d: DepthwiseConv
+    Args:
+        channels: Of the map that is mixed.
+        inner: Channels that are scanned.
+        states: States of each of them.
+        kind: Gate, norm and activation.
+        routes: Orders of the pixels; each has parameters of its own.
+        conv_bias: Give the convolution a bias.
+    """
 
-    def __init__(self, config: VmambaConfig, channels: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        inner: int,
+        states: int,
+        kind: ForwardType,
+        routes: Sequence[Route] = ROW_AND_COLUMN_ROUTES,
+        conv_bias: bool = False,
+    ) -> None:
         super().__init__()
-        kind = config.forward
-        self.inner, self.rank, self.states = config.inner(channels), config.rank(channels), config.d_state
-        self.routes = ROUTES[kind.scan]
+        self.inner, self.rank, self.states, self.routes = inner, step_rank(channels), states, tuple(routes)
         self.gate, self.gate_activation, self.activation = kind.gate, kind.gate_activation, kind.activation
-        self.in_proj = nn.Linear(channels, self.inner * (1 + kind.gate), bias=False)
-        self.conv2d = DepthwiseConv(self.inner, config.conv_bias)
-        self.x_proj_weight = nn.Parameter(torch.empty(len(self.routes), self.rank + 2 * self.states, self.inner))
-        self.out_norm = make_output_norm(kind.norm, self.inner)
-        self.out_proj = nn.Linear(self.inner, channels, bias=False)
-        nn.init.uniform_(self.x_proj_weight, -(self.inner**-0.5), self.inner**-0.5)  # as torch begins a linear layer
+        self.in_proj = self.make_projection(channels, inner * (1 + kind.gate))
+        self.conv2d = DepthwiseConv(inner, bias=conv_bias)
+        self.x_proj_weight = nn.Parameter(torch.empty(len(routes), self.rank + 2 * states, inner))
+        self.out_norm = make_output_norm(kind.norm, inner)
+        self.out_proj = self.make_projection(inner, channels)
+        nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)  # as torch begins a linear layer
+
+    def make_projection(self, channels: int, out_channels: int) -> nn.Module:
+        """The layer in front of a mixer, and that behind it; (B, H, W, channels) to (B, H, W, out_channels)."""
+        return nn.Linear(channels, out_channels, bias=False)
 
     def scan(self, x: Tensor) -> Tensor:
         """Mixes positions, (B, H, W, d) to the same shape."""
@@ -295,10 +313,10 @@ class Mixer(nn.Module):
 
 
 class SS2D(Mixer):
-    """Selective scan of a map along four routes, each with its own parameters (paper, section 4.2)."""
+    """Selective scan of a map along routes, each with its own parameters (paper, section 4.2)."""
 
-    def __init__(self, config: VmambaConfig, channels: int) -> None:
-        super().__init__(config, channels)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         sets = len(self.routes)
         self.dt_projs_weight = nn.Parameter(torch.empty(sets, self.inner, self.rank))
         self.dt_projs_bias = nn.Parameter(initial_step_bias(sets, self.inner))
@@ -346,10 +364,10 @@ class CascadedSS2D(SS2D):
 
 
 class DualSS2D(Mixer):
-    """State space duality (Mamba-2) along four routes; its heads are as many as the rank of the steps."""
+    """State space duality (Mamba-2) along routes; its heads are as many as the rank of the steps."""
 
-    def __init__(self, config: VmambaConfig, channels: int) -> None:
-        super().__init__(config, channels)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         heads = (len(self.routes), self.rank)
         self.dt_projs_bias = nn.Parameter(0.1 * torch.rand(heads))
         self.A_logs = nn.Parameter(torch.zeros(heads))
@@ -386,8 +404,9 @@ def initial_step_bias(*shape: int) -> Tensor:
 
 def make_mixer(config: VmambaConfig, channels: int) -> Mixer:
     """What mixes positions in a block of so many channels."""
-    kinds = {"m0": DualSS2D, "v052dc": CascadedSS2D}
-    return kinds.get(config.forward.scan, SS2D)(config, channels)
+    kind = config.forward
+    mixer = {"m0": DualSS2D, "v052dc": CascadedSS2D}.get(kind.scan, SS2D)
+    return mixer(channels, config.inner(channels), config.d_state, kind, ROUTES[kind.scan], config.conv_bias)
 
 
 class VmambaBlock(nn.Module):
