@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -408,7 +408,8 @@ class Vim(Backbone):
         whole = x = self.stem(x)
         position: Tensor | None = None
         found = []
-        for number, layer in enumerate(self.layers[: self.ends[wanted[-1]]], 1):
+        for number, module in enumerate(self.layers, 1):
+            layer = cast(VimBlock, module)
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x, importance = checkpoint(layer.sparse, x, position, use_reentrant=False)
             else:
@@ -421,6 +422,8 @@ class Vim(Backbone):
                 kept = self._kept(importance, position, whole.shape[1])
                 position = kept if position is None else position.gather(1, kept)
                 x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
+            if len(found) == len(wanted):
+                break
         return found
 
     def _kept(self, importance: Tensor, position: Tensor | None, length: int) -> Tensor:
@@ -530,7 +533,7 @@ def _weights(size: str, file: str, top1: float, top5: float, params: float) -> d
 
 
 _SMALL: dict[str, Any] = {"embed_dim": 384, "drop_path_rate": 0.05}
-_BASE: dict[str, Any] = {"embed_dim": 768, "drop_path_rate": 0.05}
+_BASE: dict[str, Any] = {"embed_dim": 768, "drop_path_rate": 0.1}
 _FINE: dict[str, Any] = {"stride": 8, "drop_path_rate": 0.0}
 
 VARIANTS = {

@@ -1,0 +1,27 @@
+"""Vim-S at 224 on ImageNet-1K, from scratch.
+
+Command: torchrun --nproc-per-node 8 -m vizoo train imagenet/vim_small
+Hardware: 8 GPUs, 64 images each, as official.
+Time: not measured here; 300 epochs.
+Expected: 80.5 % top-1 on ImageNet-1K, as the authors report.
+Precision: float32, as official; `--set optim_wrapper.dtype=bfloat16` is faster.
+Sampling: every image once an epoch; the authors' runs show a third of the images three times each.
+Status: not run here.
+"""
+
+from mmengine.config import read_base
+
+from vizoo.train.hooks import EMA
+
+with read_base():
+    from .._runtime import *
+    from ._recipe_300e import *
+
+# Beside Swin's recipe: a short warm-up, no clip, a slow average of the weights, float32.
+param_scheduler[0].update(warmup=5)
+optim_wrapper.update(dtype="float32", clip_grad=None)
+optim_wrapper["optimizer"].update(lr=1e-3)
+train_dataloader.update(batch_size=64)
+train_dataloader["dataset"]["transform"].update(color_jitter=0.3)
+custom_hooks = [dict(type=EMA, decay=0.99996)]
+model["backbone"].update(name="vim_small", drop_path_rate=0.05)
