@@ -247,7 +247,7 @@ def _alignment(sequences: Sequence[Tensor | None], maps: Sequence[Tensor]) -> in
     tensors = [tensor for tensor in (*sequences, *maps) if tensor is not None]
     if not all(known(tensor.stride(-1) == 1) for tensor in tensors):
         return 1
-    numbers = {tensors[0].shape[-1], *(stride for tensor in tensors for stride in tensor.stride()[:-1])}
+    numbers = [tensors[0].shape[-1], *(stride for tensor in tensors for stride in tensor.stride()[:-1])]
     for align in (8, 4, 2):
         if all(known(number % align == 0) for number in numbers):
             return align

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+SCAN_GRADIENTS = [
+    "grad_delta", "grad_start", "grad_u", "grad_z", "parts_A", "parts_B", "parts_C", "parts_D", "parts_bias",
+]  # fmt: skip
 WRITTEN = {
     "window_attention": [["out"], ["grad_bias", "grad_padding", "grad_qkv"]],
     "window_attention, tiled": [
@@ -24,6 +27,8 @@ WRITTEN = {
     "depthwise_conv 5": [["out"], ["parts"], ["out"]],
     "gelu_linear": [["grad_x", "hidden"]],
     "layer_norm": [["out"], ["grad_x", "parts"]],
+    "selective_scan": [["out", "states"], SCAN_GRADIENTS],
+    "selective_scan, last state": [["last", "out", "states"], SCAN_GRADIENTS],
     "state_space_dual": [["parts"], ["out"], ["parts"], ["grad_dt", "grad_x", "parts"]],
     "state_space_dual, causal": [
         ["last_states", "out"],

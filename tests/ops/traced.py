@@ -24,6 +24,7 @@ from vizoo.ops.layer_norm import function as norm
 from vizoo.ops.neighborhood_attention import function as neighborhood
 from vizoo.ops.routing_attention import function as routing
 from vizoo.ops.routing_attention import region_affinity
+from vizoo.ops.selective_scan import function as scan
 from vizoo.ops.state_space_dual import function as dual
 from vizoo.ops.window_attention import function as window
 
@@ -107,6 +108,20 @@ def dual_form(causal: bool, tokens: int, packed: bool) -> tuple[Callable[..., Te
     return run, leaves((2, tokens, 2, 16), (2, tokens, 2), (2,), (2, tokens, 1, 16), (2, tokens, 1, 16))
 
 
+def scan_sizes(states: int) -> list[tuple[int, ...]]:
+    sequence, map_size = (2, 6, 50), (2, 2, states, 50)
+    return [sequence, sequence, (6, states), map_size, map_size, (6,), sequence, (2, 6, states)]
+
+
+def scanned(return_state: bool) -> Callable[..., Tensor]:
+    def run(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, start: Tensor) -> Tensor:
+        options = True, False, return_state, True, 16, u.dtype
+        out, last, _ = scan._forward(u, delta, A, B, C, D, z, D, start, *options)
+        return out.sum() + last.sum() if return_state else out
+
+    return run
+
+
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
     gpu.on = lambda device: nullcontext()
@@ -126,6 +141,8 @@ def main() -> None:
         "routing_attention, dense": (regions([2, 2], 5, False), leaves((2, 8, 12, 3, 2, d))),
         "neighborhood_attention": (neighbors(torch.float32), leaves((2, 9, 7, 3, 2, d), (2, 5, 9))),
         "neighborhood_attention, whole": (neighbors(torch.float16), leaves((2, 9, 7, 3, 2, d), (2, 5, 9))),
+        "selective_scan": (scanned(False), leaves(*scan_sizes(1))),
+        "selective_scan, last state": (scanned(True), leaves(*scan_sizes(3))),
         "state_space_dual": dual_form(False, 1000, True),
         "state_space_dual, causal": dual_form(True, 64, True),
         "state_space_dual, causal, chunks": dual_form(True, 1000, False),
