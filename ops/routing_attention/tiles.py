@@ -66,6 +66,8 @@ def routed(queries: int | None, keys: int | None, d: int, itemsize: int, backwar
     longest = side(d, itemsize)
     rows = longest if queries is None else min(longest, power_of_two(queries))
     cols = longest if keys is None else min(longest, power_of_two(keys))
+    if cols == 16:  # 64 rows get Hopper's products, which 16 pooled keys in float32 made read where they may not
+        rows = min(rows, 32)
     once = keys is not None and keys <= cols
     return Tile(rows, cols, _warps(rows, d, itemsize), stages=1 if once or d > 64 else 2)
 
