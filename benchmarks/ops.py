@@ -32,6 +32,7 @@ from vizoo.ops import (
     neighborhood_attention,
     region_routes,
     routing_attention,
+    selective_scan,
     state_space_dual,
     window_attention,
 )
@@ -138,6 +139,19 @@ DUALS = {
     "mamba2 of 1,024, 65,536 tokens": (1, 65536, 32, 64, 128, True),
 }
 """State space duality: batch, tokens, heads, channels and states of a head, and whether tokens have an order."""
+
+SCANS = {
+    "vmamba_tiny stage 1": (128, 4, 96, 56 * 56, 1, False),
+    "vmamba_tiny stage 2": (128, 4, 192, 28 * 28, 1, False),
+    "vmamba_tiny stage 3": (128, 4, 384, 14 * 14, 1, False),
+    "vmamba_tiny stage 1, channels last": (128, 4, 96, 56 * 56, 1, True),
+    "vmamba_tiny stage 3, channels last": (128, 4, 384, 14 * 14, 1, True),
+    "vmamba v0 stage 1, 16 states": (32, 4, 192, 56 * 56, 16, False),
+    "vim_tiny, 16 states": (128, 1, 384, 14 * 14 + 1, 16, True),
+    "vim_tiny at 1248, 16 states": (8, 1, 384, 78 * 78 + 1, 16, True),
+    "262,144 tokens, 16 states": (1, 1, 384, 262144, 16, True),
+}
+"""Selective scans: batch, groups, channels of a group, tokens, states; whether channels lie together in memory."""
 
 
 def eager_sdpa(
@@ -558,6 +572,59 @@ def measure_state_space_dual(bandwidth: float, first: int | None, eager: bool) -
     return rows
 
 
+def scan_inputs(batch: int, groups: int, each: int, L: int, N: int, channels_last: bool) -> dict[str, Tensor]:
+    """Random tensors that ask for gradients, with the dtypes they have under autocast."""
+
+    def drawn(*lead: int) -> Tensor:
+        if channels_last:
+            return torch.randn(batch, L, *lead, device="cuda", dtype=torch.bfloat16).movedim(1, -1)
+        return torch.randn(batch, *lead, L, device="cuda", dtype=torch.bfloat16)
+
+    channels = groups * each
+    tensors = {
+        "u": drawn(channels),
+        "delta": drawn(channels),
+        "A": -torch.exp(torch.randn(channels, N, device="cuda")),
+        "B": drawn(groups, N),
+        "C": drawn(groups, N),
+        "D": torch.randn(channels, device="cuda"),
+        "delta_bias": torch.randn(channels, device="cuda") - 3,
+    }
+    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+
+
+def measure_selective_scan(bandwidth: float, first: int | None, eager: bool) -> list[dict[str, Any]]:
+    """Selective scans in bfloat16, beside their definition in chunks of plain torch where its states fit."""
+
+    def ours(tensors: dict[str, Tensor]) -> Tensor:
+        return selective_scan(**tensors, softplus=True, implementation="triton")
+
+    def plain(tensors: dict[str, Tensor]) -> Tensor:
+        return selective_scan(**tensors, softplus=True, implementation="reference")
+
+    rows = []
+    for name, shape in list(SCANS.items())[:first]:
+        tensors = scan_inputs(*shape)
+        with torch.no_grad():
+            check(ours(tensors).float(), plain(tensors).float())
+        ways = {"vizoo": ours}
+        if shape[4] == 1:
+            ways |= {"torch eager": plain, "torch compiled": torch.compile(plain, dynamic=False)}
+        sequence, maps = tensors["u"].nbytes, tensors["B"].nbytes + tensors["C"].nbytes
+        for way, function in chosen(ways, eager).items():
+            figures = measure(function, tensors)
+            shares = {
+                "forward_share": (3 * sequence + maps) / bandwidth / figures["forward_device_ms"] * 1e3,
+                # Backward reads u, delta, the maps and the incoming gradient, and writes four gradients.
+                "both_share": (8 * sequence + 3 * maps) / bandwidth / figures["both_device_ms"] * 1e3,
+            }
+            row = {"op": "selective_scan", "name": name, "shape": shape[:5], "channels_last": shape[5]}
+            rows.append({**row, "implementation": way, **figures, **shares})
+            print(line(rows[-1]), flush=True)
+        torch.compiler.reset()
+    return rows
+
+
 Ways = dict[str, Callable[[dict[str, Tensor]], Tensor]]
 
 
@@ -597,6 +664,7 @@ OPERATORS = {
     "layer_norm": measure_layer_norm,
     "neighborhood_attention": measure_neighborhood_attention,
     "routing_attention": measure_routing_attention,
+    "selective_scan": measure_selective_scan,
     "state_space_dual": measure_state_space_dual,
     "window_attention": measure_window_attention,
 }
