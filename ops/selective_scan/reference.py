@@ -28,7 +28,7 @@ TRACED_CHUNKS = (8, 16)
 MOST_DOUBLINGS = 20
 """Where the number of tokens is free, it may be up to 2 to this power, a million."""
 WORKING_SET = 2**22
-"""States computed at a time, about: caches and memory hold them, and with gradients off nothing else is kept."""
+"""States computed at a time on a CPU, about: its caches hold them. Without gradients no others are kept."""
 
 
 def selective_scan_reference(
@@ -118,7 +118,8 @@ def _segments(length: int, state: Tensor, reverse: bool) -> Iterable[slice | Non
     """Parts of a sequence to scan one after the other; None for all of it. Traces hold the sequence in one."""
     if torch.compiler.is_compiling():
         return [None]
-    tokens = max(CHUNK**2, WORKING_SET // max(1, state.numel()) // CHUNK**2 * CHUNK**2)
+    most = WORKING_SET if state.device.type == "cpu" else 16 * WORKING_SET  # a GPU wants more at a time
+    tokens = max(CHUNK**2, most // max(1, state.numel()) // CHUNK**2 * CHUNK**2)
     if length <= tokens:
         return [None]
     begins = range(0, length, tokens)
