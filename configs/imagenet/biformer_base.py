@@ -5,13 +5,13 @@ Hardware: 8 GPUs, 128 images each, as official.
 Time: not measured here; 300 epochs.
 Expected: 84.3 % top-1 on ImageNet-1K, as the authors report.
 Drop path: 0.4 as in the paper; the authors' command for this size is not published.
-Sampling: every image once an epoch; the authors' runs show a third of the images three times each.
 Status: not run here.
 """
 
 from mmengine.config import read_base
 
 from vizoo.train.hooks import EMA
+from vizoo.train.samplers import RepeatedAugmentation
 
 with read_base():
     from .._runtime import *
@@ -22,3 +22,4 @@ param_scheduler[0].update(warmup=5)
 optim_wrapper.update(clip_grad=None)
 custom_hooks = [dict(type=EMA, decay=0.99996)]
 model["backbone"].update(name="biformer_base", drop_path_rate=0.4)
+train_dataloader["sampler"] = dict(type=RepeatedAugmentation)

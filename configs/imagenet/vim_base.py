@@ -5,7 +5,6 @@ Hardware: 8 GPUs, 128 images each.
 Time: not measured here; 300 epochs.
 Expected: 81.9 % top-1 on ImageNet-1K, as the authors report.
 Precision: float32, as official; `--set optim_wrapper.dtype=bfloat16` is faster.
-Sampling: every image once an epoch; the authors' runs show a third of the images three times each.
 Status: not run here.
 
 The authors have published no command for this size; these are the defaults of their code.
@@ -14,6 +13,7 @@ The authors have published no command for this size; these are the defaults of t
 from mmengine.config import read_base
 
 from vizoo.train.hooks import EMA
+from vizoo.train.samplers import RepeatedAugmentation
 
 with read_base():
     from .._runtime import *
@@ -25,3 +25,4 @@ optim_wrapper.update(dtype="float32", clip_grad=None)
 train_dataloader["dataset"]["transform"].update(color_jitter=0.3)
 custom_hooks = [dict(type=EMA, decay=0.99996)]
 model["backbone"].update(name="vim_base", drop_path_rate=0.1)
+train_dataloader["sampler"] = dict(type=RepeatedAugmentation)

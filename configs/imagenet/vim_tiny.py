@@ -5,13 +5,13 @@ Hardware: 8 GPUs, 128 images each, as official.
 Time: not measured here; 300 epochs.
 Expected: 76.1 % top-1 on ImageNet-1K, as the authors report.
 Precision: float32, as official; `--set optim_wrapper.dtype=bfloat16` is faster.
-Sampling: every image once an epoch; the authors' runs show a third of the images three times each.
 Status: not run here.
 """
 
 from mmengine.config import read_base
 
 from vizoo.train.hooks import EMA
+from vizoo.train.samplers import RepeatedAugmentation
 
 with read_base():
     from .._runtime import *
@@ -24,3 +24,4 @@ optim_wrapper["optimizer"].update(weight_decay=0.1)
 train_dataloader["dataset"]["transform"].update(color_jitter=0.3)
 custom_hooks = [dict(type=EMA, decay=0.99996)]
 model["backbone"].update(name="vim_tiny", drop_path_rate=0.0)
+train_dataloader["sampler"] = dict(type=RepeatedAugmentation)

@@ -5,7 +5,6 @@ Hardware: 8 GPUs, 128 images each, as official.
 Time: not measured here; 30 epochs.
 Expected: 78.3 % top-1 on ImageNet-1K, as the authors report.
 Precision: float32, as official; `--set optim_wrapper.dtype=bfloat16` is faster.
-Sampling: every image once an epoch; the authors' runs show a third of the images three times each.
 Status: not run here.
 
 Patches overlap by half; the position table is resized to their finer grid. The authors' lowest rate is their highest,
@@ -15,6 +14,7 @@ so the rate stays as it is.
 from mmengine.config import read_base
 
 from vizoo.train.hooks import EMA
+from vizoo.train.samplers import RepeatedAugmentation
 
 with read_base():
     from .._runtime import *
@@ -28,3 +28,4 @@ train_dataloader.update(batch_size=128)
 train_dataloader["dataset"]["transform"].update(color_jitter=0.3)
 custom_hooks = [dict(type=EMA, decay=0.99996)]
 model["backbone"].update(name="vim_tiny", stride=8, drop_path_rate=0.0)
+train_dataloader["sampler"] = dict(type=RepeatedAugmentation)
