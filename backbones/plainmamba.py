@@ -12,19 +12,26 @@ What differs from the official code, and why:
 - Maps stay (B, H, W, C) between blocks.
 - Four stages of equal size, so that features can be taken from several depths: those after which the authors' dense
   code takes them. With `output_norms` their maps are normalised as there, the last one by the classifier's norm.
+- Tokens can be pruned, as in "Exploring Token Pruning in Vision State Space Models" (NeurIPS 2024, arXiv 2409.18962),
+  whose code has this for Vim alone; what it leaves open is decided as in `vim.py`. On each route a pruned pixel keeps
+  its place: it adds nothing to a state, which decays over it by the step that zero features give, softplus of twice
+  the bias. Steps and maps are taken from the kept pixels in raster order, as unpruned routes take them from all.
+  Pruned pixels keep their last value, for feature maps and for the mean that is classified.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vizoo.ops import depthwise_conv
+from vizoo.ops import depthwise_conv, selective_scan
 from vizoo.ops.selective_scan_2d import CONTINUOUS_ROUTES, selective_scan_2d
 from vizoo.ops.tracing import known
 from vizoo.weights.record import Weights
@@ -43,7 +50,7 @@ from .base import (
 )
 from .biformer import BatchNorm
 from .layers import DropPath, LayerNorm, is_plain, pad_to_multiple
-from .vim import rates, resize_positions
+from .vim import check_pruning, most_important, rates, resize_positions, walk_pruned
 
 STRIDE = 16
 """Stride of the stem, and of every stage."""
@@ -66,6 +73,8 @@ class PlainMambaConfig:
         conv_size: Side of the convolution in front of a scan.
         drop_path_rate: Stochastic depth of the last block; rises linearly from 0 at the first.
         output_norms: Build the dense version: a norm per output map and no classifier.
+        prune_after: Prune tokens after so many blocks, counted from 1. Nothing by default.
+        keep_ratio: Share of the tokens that each pruning keeps.
     """
 
     img_size: int | tuple[int, int] = 224
@@ -78,6 +87,8 @@ class PlainMambaConfig:
     conv_size: int = 7
     drop_path_rate: float = 0.2
     output_norms: bool = False
+    prune_after: tuple[int, ...] = ()
+    keep_ratio: float = 0.8
 
     def __post_init__(self) -> None:
         if not self.depths or min(*self.depths, self.embed_dim, self.expand, self.state_dim) < 1 or self.stem_depth < 0:
@@ -89,6 +100,12 @@ class PlainMambaConfig:
             raise ValueError(f"conv_size must be 3, 5 or 7, got {self.conv_size}")
         if any(not 0 <= block < sum(self.depths) for block in self.conv_layers):
             raise ValueError(f"conv_layers must name blocks 0 to {sum(self.depths) - 1}, got {self.conv_layers}")
+        check_pruning(self.prune_after, self.keep_ratio, sum(self.depths))
+        if self.conv_layers and self.prune_after and max(self.conv_layers) >= min(self.prune_after):
+            raise ValueError(
+                f"conv_layers convolve whole maps and must lie in front of pruning after block "
+                f"{min(self.prune_after)}, got {self.conv_layers}"
+            )
         check_size_and_rate(self.img_size, self.drop_path_rate)
 
     @property
@@ -151,6 +168,10 @@ class SnakeMamba(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
+        return self.out_proj(self.scan(x))
+
+    def scan(self, x: Tensor) -> Tensor:
+        """What is projected to the output, (B, H, W, expand * C)."""
         x, z = self.in_proj(x).chunk(2, -1)
         x = F.silu(self._convolve(x))
         low_rank, B, C = self.x_proj(x).split((self.rank, self.states, self.states), -1)
@@ -162,7 +183,34 @@ class SnakeMamba(nn.Module):
             routed_parameters=False,
             direction_B=self.direction_Bs,
         )  # fmt: skip
-        return self.out_proj((y * F.silu(z)).to(x.dtype))
+        return (y * F.silu(z)).to(x.dtype)
+
+    def scan_kept(self, x: Tensor, pixel: Tensor, sides: tuple[int, int]) -> Tensor:
+        """`scan` of what is left of a map, (B, L, C) to (B, L, expand * C); see the module's docstring.
+
+        Args:
+            x: Normalised tokens.
+            pixel: Number of each in the map, counted row after row, ascending, (B, L).
+            sides: Rows and columns of the map.
+        """
+        x, z = self.in_proj(x).chunk(2, -1)
+        index = pixel[..., None].expand_as(x)
+        whole = x.new_zeros(len(x), sides[0] * sides[1], x.shape[-1]).scatter(1, index, x)
+        u = F.silu(self._convolve(whole.unflatten(1, sides)).flatten(1, 2).gather(1, index))
+        low_rank, B, C = self.x_proj(u).split((self.rank, self.states, self.states), -1)
+        bias = 2 * self.dt_proj.bias.float()
+        step = F.softplus(F.linear(low_rank, self.dt_proj.weight).float() + bias)
+        u = u.float()
+        y = len(CONTINUOUS_ROUTES) * self.D * u
+        for route in CONTINUOUS_ROUTES:
+            place, order = route.pixels(*sides, x.device).argsort()[pixel].sort(1)
+            turn = order[..., None].expand_as(u)
+            longer = step + F.pad(place.diff() - 1, (1, 0))[..., None] * F.softplus(bias)
+            turned_B = B + self.direction_Bs[route.directions(*sides, x.device)[place]]
+            driven = u.gather(1, turn) * (step / longer)
+            out = selective_scan(driven.mT, longer.mT, rates(self.A_log), turned_B.mT, C.mT)
+            y = y.scatter_add(1, turn, out.mT)
+        return (y * F.silu(z.float())).to(x.dtype)
 
     def _convolve(self, x: Tensor) -> Tensor:
         if is_plain(self.conv2d):
@@ -188,6 +236,18 @@ class PlainMambaBlock(nn.Module):
         """(B, H, W, C) to the same shape."""
         x = x + self.drop_path(self.mamba(self.norm(x)))
         return x if self.dw is None else self.dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def sparse(self, x: Tensor, pixel: Tensor | None, sides: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The same of what is left of a map, (B, L, C), and the importance of each token, (B, L)."""
+        normed = self.norm(x)
+        if pixel is None:
+            y = self.mamba.scan(normed.unflatten(1, sides)).flatten(1, 2)
+        else:
+            y = self.mamba.scan_kept(normed, pixel, sides)
+        x = x + self.drop_path(self.mamba.out_proj(y))
+        if self.dw is not None:
+            x = self.dw(x.mT.unflatten(2, sides)).flatten(2).mT
+        return x, y.detach().float().clamp(min=0).mean(-1)
 
 
 class PlainMamba(Backbone):
@@ -246,6 +306,21 @@ class PlainMamba(Backbone):
     def _blocks(self, stage: int) -> range:
         """Numbers of the blocks of a stage."""
         return range(self.ends[stage] - self.config.depths[stage], self.ends[stage])
+
+    def _walk(self, x: Tensor, wanted: Sequence[int]) -> list[tuple[int, Tensor]]:
+        if not self.config.prune_after:
+            return super()._walk(x, wanted)
+        self._check_input(x)
+        x = self.stem(x)
+        sides = x.shape[1], x.shape[2]
+        blocks = [partial(cast(PlainMambaBlock, block).sparse, sides=sides) for block in self.layers]
+        walk = walk_pruned(self, blocks, x.flatten(1, 2), [self.ends[i] for i in wanted], self._kept)
+        return [(index, y.unflatten(1, sides)) for index, y in zip(wanted, walk, strict=True)]
+
+    def _kept(self, importance: Tensor, position: Tensor | None) -> Tensor:
+        """Which tokens stay, ascending, (B, L')."""
+        del position
+        return most_important(importance, math.ceil(importance.shape[1] * self.config.keep_ratio))
 
     def downsample(self, index: int, x: Tensor) -> Tensor:
         """Nothing: all stages have one resolution."""

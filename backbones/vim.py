@@ -26,8 +26,9 @@ What differs from the official code, and why:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -100,10 +101,7 @@ class VimConfig:
                 f"patch_size must be the stride or twice the stride, and at most {MIN_SIDE}, got patches of "
                 f"{self.patch_size} pixels at stride {self.stride}"
             )
-        if any(not 1 <= block <= sum(self.depths) for block in self.prune_after):
-            raise ValueError(f"prune_after must name blocks 1 to {sum(self.depths)}, got {self.prune_after}")
-        if not 0 < self.keep_ratio <= 1:
-            raise ValueError(f"keep_ratio must lie in (0, 1], got {self.keep_ratio}")
+        check_pruning(self.prune_after, self.keep_ratio, sum(self.depths))
         check_size_and_rate(self.img_size, self.drop_path_rate)
 
     @property
@@ -116,6 +114,18 @@ class VimConfig:
         missing = self.patch_size // self.stride - 1
         rows, columns = ((side + self.stride - 1) // self.stride - missing for side in sides)
         return rows, columns
+
+
+def check_pruning(prune_after: Sequence[int], keep_ratio: float, blocks: int) -> None:
+    """What a configuration with token pruning must hold.
+
+    Raises:
+        ValueError: A block does not exist, or nothing or more than everything is kept.
+    """
+    if any(not 1 <= block <= blocks for block in prune_after):
+        raise ValueError(f"prune_after must name blocks 1 to {blocks}, got {tuple(prune_after)}")
+    if not 0 < keep_ratio <= 1:
+        raise ValueError(f"keep_ratio must lie in (0, 1], got {keep_ratio}")
 
 
 class RMSNorm(nn.RMSNorm):
@@ -401,42 +411,23 @@ class Vim(Backbone):
         return range(self.ends[stage] - self.config.depths[stage], self.ends[stage])
 
     def _walk(self, x: Tensor, wanted: Sequence[int]) -> list[tuple[int, Tensor]]:
-        return self._walk_pruned(x, wanted) if self.config.prune_after else super()._walk(x, wanted)
-
-    def _walk_pruned(self, x: Tensor, wanted: Sequence[int]) -> list[tuple[int, Tensor]]:
+        if not self.config.prune_after:
+            return super()._walk(x, wanted)
         self._check_input(x)
-        whole = x = self.stem(x)
-        position: Tensor | None = None
-        found = []
-        for number, module in enumerate(self.layers, 1):
-            layer = cast(VimBlock, module)
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x, importance = checkpoint(layer.sparse, x, position, use_reentrant=False)
-            else:
-                x, importance = layer.sparse(x, position)
-            if number in self.config.prune_after or number in self.ends:
-                whole = x if position is None else whole.scatter(1, position[..., None].expand_as(x), x)
-            if number in self.ends and self.ends.index(number) in wanted:
-                found.append((self.ends.index(number), whole))
-            if number in self.config.prune_after:
-                kept = self._kept(importance, position, whole.shape[1])
-                position = kept if position is None else position.gather(1, kept)
-                x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
-            if len(found) == len(wanted):
-                break
-        return found
+        x = self.stem(x)
+        blocks = [cast(VimBlock, block).sparse for block in self.layers]
+        kept = partial(self._kept, middle=(x.shape[1] - 1) // 2)
+        walk = walk_pruned(self, blocks, x, [self.ends[i] for i in wanted], kept)
+        return list(zip(wanted, walk, strict=True))
 
-    def _kept(self, importance: Tensor, position: Tensor | None, length: int) -> Tensor:
+    def _kept(self, importance: Tensor, position: Tensor | None, middle: int) -> Tensor:
         """Which tokens stay, ascending, (B, L'); the class token always does, and L' is odd as published."""
         tokens = importance.shape[1]
         if not self.config.class_token:
-            count = math.ceil(tokens * self.config.keep_ratio)
-        else:
-            count = min(math.ceil((tokens - 1) * self.config.keep_ratio) // 2 * 2 + 1, tokens)
-            middle = (length - 1) // 2
-            place = torch.arange(tokens, device=importance.device) if position is None else position
-            importance = importance.masked_fill(place == middle, float("inf"))
-        return importance.topk(count, sorted=False).indices.sort(1).values
+            return most_important(importance, math.ceil(tokens * self.config.keep_ratio))
+        place = torch.arange(tokens, device=importance.device) if position is None else position
+        count = min(math.ceil((tokens - 1) * self.config.keep_ratio) // 2 * 2 + 1, tokens)
+        return most_important(importance.masked_fill(place == middle, float("inf")), count)
 
     def downsample(self, index: int, x: Tensor) -> Tensor:
         """Nothing: all stages have one resolution."""
@@ -481,6 +472,47 @@ class Vim(Backbone):
             return {"stem": stem, "blocks": [(r"^layers\.(\d+)", None)]}
         blocks = ["|".join(map(str, self._blocks(i))) for i in range(len(self.stages))]
         return {"stem": stem, "blocks": [(rf"^layers\.(?:{numbers})\.", (i,)) for i, numbers in enumerate(blocks)]}
+
+
+def most_important(importance: Tensor, count: int) -> Tensor:
+    """Numbers of the `count` most important tokens of each image, ascending, (B, count)."""
+    return importance.topk(count, sorted=False).indices.sort(1).values
+
+
+def walk_pruned(
+    model: Backbone,
+    blocks: Sequence[Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]],
+    x: Tensor,
+    ends: Sequence[int],
+    kept: Callable[[Tensor, Tensor | None], Tensor],
+) -> list[Tensor]:
+    """Run blocks on fewer and fewer tokens.
+
+    Args:
+        model: The model, whose configuration says after which blocks to prune.
+        blocks: From tokens left (B, L', C) and their places (B, L') to the same tokens and their importance (B, L').
+        x: All tokens, (B, L, C).
+        ends: Numbers of blocks after which sequences are wanted, ascending.
+        kept: From importance and places to the numbers of the tokens that stay, (B, L'').
+
+    Returns:
+        For each end all tokens, (B, L, C), pruned ones as they were last.
+    """
+    whole, position, found = x, None, []
+    for number, block in enumerate(blocks[: ends[-1]], 1):
+        if model.grad_checkpointing and torch.is_grad_enabled():
+            x, importance = checkpoint(block, x, position, use_reentrant=False)
+        else:
+            x, importance = block(x, position)
+        if number in ends or number in model.config.prune_after:
+            whole = x if position is None else whole.scatter(1, position[..., None].expand_as(x), x)
+        if number in ends:
+            found.append(whole)
+        if number in model.config.prune_after:
+            left = kept(importance, position)
+            position = left if position is None else position.gather(1, left)
+            x = x.gather(1, left[..., None].expand(-1, -1, x.shape[-1]))
+    return found
 
 
 def _with_middle(tokens: Tensor, token: Tensor) -> Tensor:

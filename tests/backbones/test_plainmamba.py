@@ -66,6 +66,64 @@ def test_mixer_against_one_scan_for_each_route(size: tuple[int, int]) -> None:
     torch.testing.assert_close(mixer(x), want, rtol=1e-4, atol=1e-5)
 
 
+def masked(mixer: SnakeMamba, x: Tensor, kept: Tensor, size: tuple[int, int]) -> Tensor:
+    """What the mixer scans of one image, (L, C), of which only some pixels have features: whole, (L, inner)."""
+    mask = torch.zeros(len(x), 1).index_fill(0, kept, 1.0)
+    inner, z = mixer.in_proj(x).chunk(2, -1)
+    u = F.silu(mixer.conv2d((inner * mask).T.unflatten(1, size)[None])[0].flatten(1)) * mask.T
+    low_rank, B, C = mixer.x_proj(u.T).split((mixer.rank, 4, 4), -1)
+    steps = mixer.dt_proj(low_rank)  # of zero features the bias alone
+    y = torch.zeros_like(u)
+    for route in routes(*size):
+        pixels = torch.tensor([row * size[1] + column for row, column in route])
+        labels = torch.tensor([0, *(direction(a, b) for a, b in pairwise(route))])
+        stays = mask[pixels, 0] > 0
+        # At the s-th kept pixel of the route, step and maps of the s-th kept pixel in raster order.
+        of = torch.full((len(x),), -1)
+        of[stays] = kept
+        step = torch.where(stays[:, None], steps[of], mixer.dt_proj.bias)
+        turned = torch.where(stays[:, None], B[of] + mixer.direction_Bs[labels], 0.0)
+        out = selective_scan(
+            u[None][..., pixels], step.T[None], -mixer.A_log.exp(), turned.T[None], C[of].T[None], mixer.D,
+            delta_bias=mixer.dt_proj.bias, softplus=True,
+        )  # fmt: skip
+        y = y + torch.zeros_like(u).index_copy(1, pixels, out[0])
+    return y.T * F.silu(z)
+
+
+@pytest.mark.parametrize("size", [(4, 5), (5, 4)], ids=str)
+def test_pruned_mixer_equals_the_masked_map(size: tuple[int, int]) -> None:
+    mixer = SnakeMamba(8, expand=2, states=4, conv_size=3)
+    for parameter in mixer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 20, 8)
+    pixel = torch.stack([torch.randperm(20)[:7] for _ in x]).sort(1).values
+    got = mixer.scan_kept(x.gather(1, pixel[..., None].expand(-1, -1, 8)), pixel, size)
+    for image in range(2):
+        want = masked(mixer, x[image], pixel[image], size)[pixel[image]]
+        torch.testing.assert_close(got[image], want, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_pruned_is_the_plain_model() -> None:
+    model, x = tiny(conv_layers=(0,)), torch.randn(2, 3, 64, 90)
+    same = tiny(conv_layers=(0,), prune_after=(1, 3), keep_ratio=1.0)
+    same.load_state_dict(model.state_dict())
+    torch.testing.assert_close(same(x), model(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(same.features(x), model.features(x), rtol=1e-4, atol=1e-5)
+
+
+def test_pruning_leaves_the_map_whole() -> None:
+    model, x = tiny(prune_after=(2,), keep_ratio=0.3).train(), torch.randn(2, 3, 64, 64)
+    seen: list[int] = []
+    for block in model.layers:
+        block.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    _, second, third, _ = model.eval().features(x)
+    assert seen == [16, 16, 5, 5]
+    assert ((second != third).any(1).flatten(1).sum(1) == 5).all()
+    model(x).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_a_hooked_convolution_is_called() -> None:
     mixer, x = SnakeMamba(8, expand=2, states=4, conv_size=5), torch.randn(1, 6, 5, 8)
     want, seen = mixer(x), []
@@ -146,6 +204,8 @@ def test_drop_path_rises_from_block_to_block() -> None:
         ({"stem_depth": -1}, "stem_depth not negative, got .* -1"),
         ({"conv_size": 4}, "conv_size must be 3, 5 or 7, got 4"),
         ({"conv_layers": (24,)}, r"conv_layers must name blocks 0 to 23, got \(24,\)"),
+        ({"prune_after": (0,)}, r"prune_after must name blocks 1 to 24, got \(0,\)"),
+        ({"conv_layers": (0, 4), "prune_after": (4, 8)}, "must lie in front of pruning after block 4, got"),
         ({"img_size": 16}, "img_size must be at least 32 on both sides, got 16"),
     ],
 )
