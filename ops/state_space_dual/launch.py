@@ -195,7 +195,7 @@ def _collected(
 
     Chunks that are known to be of so many rows need no larger tile.
     """
-    tile = tiles.collect(call.P, call.N, call.x.element_size())
+    tile = tiles.collect(call.x.element_size())
     if rows is not None:
         tile = tile._replace(rows=min(rows, tile.rows))
     chunks = -(-call.L // length)
@@ -227,7 +227,7 @@ def _scanned(
 
 def _summed(call: _Call, left: Tensor, right: Tensor, added: Tensor | None, gradient: bool = False) -> Tensor:
     """The one state or its gradient. Torch adds the chunks' sums up: one order, no atomics."""
-    rows = tiles.collect(call.P, call.N, call.x.element_size()).rows
+    rows = tiles.collect(call.x.element_size()).rows
     length = tiles.chunk(call.L, call.pairs, rows, call.processors)
     parts, _ = _collected(call, left, right, length, gradient)
     total = parts.squeeze(1) if length >= call.L else parts.sum(1)

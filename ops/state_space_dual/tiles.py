@@ -42,15 +42,13 @@ def _side(P: int, N: int) -> int:
     return max(power_of_two(P), power_of_two(N))
 
 
-# Four warps, for eight would share the 64 rows of a product, of which a matrix unit of compute capability 9.0 takes no
-# fewer at once.
+# Four warps where they have the registers: from compute capability 9.0 on they take 64 rows of a product at once, and
+# eight would share them.
 
 
-@lru_cache
-def collect(P: int, N: int, itemsize: int) -> Tile:
+def collect(itemsize: int) -> Tile:
     """Tile of the kernel that sums what tokens add to a state."""
-    warps = 8 if min(power_of_two(P), power_of_two(N)) > 64 else 4
-    return Tile(ROWS, warps, 3) if itemsize == 2 else Tile(32, warps, 2)
+    return Tile(ROWS, 4, 3) if itemsize == 2 else Tile(32, 4, 2)
 
 
 @lru_cache
@@ -59,16 +57,16 @@ def outputs(P: int, N: int, itemsize: int, causal: bool) -> Tile:
     wide = _side(P, N) > 64
     if itemsize == 2:
         return Tile(ROWS, 8 if wide and causal else 4, 2)
-    return Tile(16 if wide else 32, 8 if wide else 4)
+    narrow = wide or (causal and _side(P, N) > 32)
+    return Tile(16 if narrow else 32, 8 if narrow else 4)
 
 
 @lru_cache
 def gradients(P: int, N: int, itemsize: int, causal: bool) -> Tile:
-    """Tile of the kernel that makes the gradients of a tile."""
-    wide = _side(P, N) > 64
+    """Tile of the kernel that makes the gradients of a tile. Larger ones in float32 would not fit into registers."""
     if itemsize == 2:
-        return Tile(32 if wide else ROWS, 8 if wide else 4)
-    return Tile(16 if wide else 32, 8 if wide else 4)
+        return Tile(32, 8) if _side(P, N) > 64 else Tile(ROWS, 4)
+    return Tile(16, 8 if _side(P, N) > 32 else 4)
 
 
 def chunk(tokens: int, pairs: int, rows: int, processors: int) -> int:

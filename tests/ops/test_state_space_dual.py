@@ -479,7 +479,7 @@ def test_the_short_way_equals_the_registered_operator(case: Case, device: torch.
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
-@pytest.mark.parametrize("wanted", [("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state"), ("B",), ("A",), ()],
+@pytest.mark.parametrize("wanted", [("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state"), ("B",), ()],
                          ids=str)  # fmt: skip
 @pytest.mark.parametrize("case", [replace(each, state=True, softplus=True) for each in REGISTERED[:3]], ids=str)
 def test_operator_is_registered_well(case: Case, wanted: tuple[str, ...], device: torch.device) -> None:
@@ -563,7 +563,7 @@ def test_compiles_without_graph_breaks(implementation: Any, packed: bool, causal
     block = Block(causal, packed).to(device)
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
     with ops.use(implementation):
-        for size in SIZES[:2]:
+        for size in SIZES[: 2 if implementation == "triton" else 1]:  # the reference is exported above, and is slow
             x = torch.randn(*size, 16, device=device)
             out, expected = compiled(x), block(x)
             torch.testing.assert_close(out, expected)
