@@ -536,7 +536,8 @@ def gradients(
 
     Of sums over channels each block leaves its part, (blocks, B, L, K, R + 2 N), and of sums over tokens each program,
     (programs, K, d, R + N + 2). A program takes its tiles by one route and then by the other, which finds them in the
-    cache: the sums of both do not fit into registers.
+    cache: the sums of both do not fit into registers. What it has of x's gradient `between` them, and between launches,
+    is float32; None if that gradient itself is.
     """
     blocks = tl.cdiv(d, C)
     block = tl.program_id(0) % blocks
@@ -547,10 +548,13 @@ def gradients(
     each = tl.cdiv(images * tiles, programs)
     begin, end = program * each, tl.minimum(program * each + each, images * tiles)
     parts = parameter_parts + program.to(tl.int64) * (K * (R + N + 2)) * d
+    middle = grad_x
+    if between is not None:
+        middle = between
     if FORTH >= 0:
         _route_gradients(
             grad_out, x, delta, weight, bias, A, B, Cm, D, direction_B, states, adjoints,
-            earlier, between if BACK >= 0 else grad_x, grad_delta, token_parts, parts,
+            earlier, middle if BACK >= 0 else grad_x, grad_delta, token_parts, parts,
             block, channel, begin, end, tiles, H, W, d, stored, images,
             x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
             FORTH, K, N, NP, R, RP, MP, T, C, WHOLE, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, False,
@@ -561,7 +565,7 @@ def gradients(
     if BACK >= 0:
         _route_gradients(
             grad_out, x, delta, weight, bias, A, B, Cm, D, direction_B, states, adjoints,
-            between if FORTH >= 0 else earlier, grad_x, grad_delta, token_parts, parts,
+            middle if FORTH >= 0 else earlier, grad_x, grad_delta, token_parts, parts,
             block, channel, begin, end, tiles, H, W, d, stored, images,
             x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
             BACK, K, N, NP, R, RP, MP, T, C, WHOLE, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, True,

@@ -175,12 +175,14 @@ def backward(grad_out: Tensor, states: Tensor, *arguments: Any) -> tuple[Tensor,
     with gpu.on(x.device):
         adjoints = _states(call, _pitched(grad_out), call.C, None, adjoint=True)
         groups = list(call.groups())
-        between = grad_x if x.dtype == torch.float32 else torch.empty_like(grad_x, dtype=torch.float32)
+        # Halves would be rounded once for each route.
+        half = x.dtype != torch.float32
+        sums = torch.empty_like(grad_x, dtype=torch.float32) if half else grad_x
         for place, group in enumerate(groups):
-            into = grad_x if place == len(groups) - 1 else between
+            last = half and place == len(groups) - 1
             _gradients(
-                call, tile, grad_out, states, adjoints, between if place else None, between, into, grad_delta,
-                token_parts, parameter_parts, group,
+                call, tile, grad_out, states, adjoints, sums if place else None, sums if last else None,
+                grad_x if last else sums, grad_delta, token_parts, parameter_parts, group,
             )  # fmt: skip
     return _assembled(call, arguments, grad_x, grad_delta, token_parts.sum(0), parameter_parts.sum(0))
 
@@ -192,7 +194,7 @@ def _gradients(
     states: Tensor,
     adjoints: Tensor,
     earlier: Tensor | None,
-    between: Tensor,
+    between: Tensor | None,
     grad_x: Tensor,
     grad_delta: Tensor | None,
     token_parts: Tensor,
