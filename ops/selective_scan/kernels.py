@@ -434,21 +434,33 @@ def split_ends(
 
 @triton.jit(do_not_specialize=["splits"])
 def split_starts(
-    ends, sums, A, start, splits,
-    CHANNELS: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BACKWARD: tl.constexpr,
+    ends, sums, A, start, starts, splits,
+    CHANNELS: tl.constexpr, N: tl.constexpr, LOG_T: tl.constexpr, BLOCK_C: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Replaces what each split adds by what flows into it; into the first flows `start`, (batch, N, channels)."""
-    BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
-    batch, _split, _group, _block, channel, mine = _place(1, BLOCKS, 1, CHANNELS, BLOCK_C)
-    rate = _rates(A, channel, mine, N, BLOCK_N) * 1.4426950408889634
-    kept = _kept_states(mine, N, BLOCK_N)
+    """What flows into each split, of the shape of `ends`; into the first one flows `start`, (batch, N, channels).
+
+    A program has one state of a block of channels, and takes splits for tokens.
+    """
+    T: tl.constexpr = 2**LOG_T
+    program = tl.program_id(0)
+    n, rest = program % N, program // N
+    blocks = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    channel, batch = rest % blocks * BLOCK_C + tl.arange(0, BLOCK_C), (rest // blocks).to(tl.int64)
+    mine = channel < CHANNELS
+    rate = tl.load(A + channel * N + n, mask=mine, other=0.0).to(tl.float32)[None, :] * 1.4426950408889634
     flow = rate * 0.0
     if start is not None:
-        flow = tl.load(start + _state_offsets(batch, channel, CHANNELS, N, BLOCK_N), mask=kept, other=0.0)
-    for i in range(splits):
-        row = batch * splits + (splits - 1 - i if BACKWARD else i)
-        place = ends + _state_offsets(row, channel, CHANNELS, N, BLOCK_N)
-        end = tl.load(place, mask=kept, other=0.0)
-        steps = tl.load(sums + row.to(tl.int64) * CHANNELS + channel, mask=mine, other=0.0)[None, :]
-        tl.store(place, flow, mask=kept)
-        flow = tl.exp2(steps * rate) * flow + end
+        flow = tl.load(start + (batch * N + n) * CHANNELS + channel, mask=mine, other=0.0)[None, :]
+    entry = batch * splits + (splits - 1 if BACKWARD else 0)
+    tl.store(starts + (entry * N + n) * CHANNELS + channel[None, :], flow, mask=mine[None, :])
+    count = tl.cdiv(splits, T)
+    for i in range(count):
+        split = (count - 1 - i if BACKWARD else i) * T + tl.arange(0, T)
+        real = (split < splits)[:, None] & mine[None, :]
+        row = batch * splits + split
+        steps = tl.load(sums + row[:, None] * CHANNELS + channel[None, :], mask=real, other=0.0)
+        added = tl.load(ends + (row * N + n)[:, None] * CHANNELS + channel[None, :], mask=real, other=0.0)
+        h, flow = _states(tl.exp2(steps * rate), added, flow, LOG_T, True, BACKWARD)
+        into = split - 1 if BACKWARD else split + 1
+        place = ((batch * splits + into) * N + n)[:, None] * CHANNELS + channel[None, :]
+        tl.store(starts + place, h, mask=real & ((into >= 0) & (into < splits))[:, None])

@@ -212,13 +212,12 @@ def _split_starts(
         x, delta, A, M, z, bias, ends, sums, *grid.sizes, *_strides(x, delta, z), *M.stride(),
         **grid.constants, BACKWARD=backward, num_warps=grid.tile.warps,
     )  # fmt: skip
-    block = grid.constants["BLOCK_C"]
-    launchable(kernels.split_starts)[(grid.batch * -(-channels // block),)](
-        ends, sums, A, start, grid.splits,
-        CHANNELS=int(channels), N=int(states), BLOCK_N=grid.constants["BLOCK_N"], BLOCK_C=block,
-        BACKWARD=backward, num_warps=grid.tile.warps,
+    starts, block = torch.empty_like(ends), 32
+    launchable(kernels.split_starts)[(grid.batch * -(-channels // block) * states,)](
+        ends, sums, A, start, starts, grid.splits,
+        CHANNELS=int(channels), N=int(states), LOG_T=6, BLOCK_C=block, BACKWARD=backward, num_warps=4,
     )  # fmt: skip
-    return ends
+    return starts
 
 
 def _near(tensor: Tensor) -> Tensor:

@@ -53,7 +53,9 @@ def forward(tokens: int, states: int, each: int, flat: bool) -> Tile:
 @lru_cache
 def backward(tokens: int, states: int, each: int, flat: bool) -> Tile:
     """Tile of the kernel of the gradients. Few channels a tile are many parts of the gradients of B and C."""
-    return _rows(tokens, each, numbers=2048) if flat else _lanes(tokens, states, each, numbers=32)
+    if flat:
+        return _rows(tokens, each, numbers=2048)
+    return _lanes(tokens, states, each, numbers=32 if states >= 8 else 16)  # what has no states takes registers, too
 
 
 def _block(number: int) -> int:
