@@ -25,8 +25,8 @@ Arguments = Sequence[Any]
 
 TENSORS = 9
 MAX_ROUTES = 10
-MAX_STATES = 64
-MAX_RANK = 128
+MAX_COLUMNS = 128
+"""Numbers of a token and route whose gradients are sums over channels: what its steps are projected from, B and C."""
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32))
 
 
@@ -58,10 +58,9 @@ def unsupported_reasons(
         reasons.append("the interpreter has no bfloat16")
     if len(routes) > MAX_ROUTES:
         reasons.append(f"there may be {MAX_ROUTES} routes, these are {len(routes)}")
-    if known(A.shape[-1] > MAX_STATES):
-        reasons.append(f"a channel may have {MAX_STATES} states, this has {A.shape[-1]}")
-    if delta_weight is not None and known(delta_weight.shape[-1] > MAX_RANK):
-        reasons.append(f"steps may be projected from {MAX_RANK} numbers, these are from {delta_weight.shape[-1]}")
+    columns = 2 * A.shape[-1] + (0 if delta_weight is None else delta_weight.shape[-1])
+    if known(columns > MAX_COLUMNS):
+        reasons.append(f"twice the states and what steps are projected from may be {MAX_COLUMNS}, this is {columns}")
     _, H, W, _ = x.shape
     if known(H * W * H >= 2**32) or known(H * W * W >= 2**32):
         reasons.append(f"pixels times the longer side may be 2**32 - 1, this map is {H} x {W}")

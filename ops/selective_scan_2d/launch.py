@@ -130,7 +130,7 @@ def _states(call: _Call, x: _Map, B: _Map, direction_B: Tensor | None, adjoint: 
         return out
     sequences = call.images * call.K * call.N * call.blocks(tile)
     segments = tiles.segments(sequences, call.stored, tile.per_sm * gpu.multiprocessors(device))
-    ends = None, None
+    ends: tuple[Tensor | None, Tensor | None] = None, None
     if segments > 1:
         shape = (call.images, call.K, segments, call.N, call.d)
         ends = x.data.new_empty(shape, dtype=torch.float32), x.data.new_empty(shape, dtype=torch.float32)

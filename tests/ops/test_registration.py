@@ -29,6 +29,14 @@ WRITTEN = {
     "layer_norm": [["out"], ["grad_x", "parts"]],
     "selective_scan": [["out", "states"], SCAN_GRADIENTS],
     "selective_scan, last state": [["last", "out", "states"], SCAN_GRADIENTS],
+    "selective_scan_2d": [["out"], ["out"], ["out"], ["grad_x", "parameter_parts", "token_parts"]],
+    "selective_scan_2d, two orders": [
+        ["out"],
+        ["out"],
+        ["out"],
+        ["out"],
+        *2 * [["grad_x", "parameter_parts", "token_parts"]],
+    ],
     "state_space_dual": [["parts"], ["out"], ["parts"], ["grad_dt", "grad_x", "parts"]],
     "state_space_dual, causal": [
         ["last_states", "out"],

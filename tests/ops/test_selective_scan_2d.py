@@ -126,15 +126,15 @@ def by_hand(case: Case, tensors: Tensors) -> Tensor:
 
 PLAIN = frozenset({"D", "delta_weight", "delta_bias", "direction_B"})
 SMALL = [
-    Case((2, 5, 6, 6)),
-    Case((1, 3, 3, 5), states=3, rank=5),
-    Case((1, 1, 7, 4)),
-    Case((1, 7, 1, 4), states=2),
+    Case((2, 3, 5, 6)),
+    Case((1, 3, 3, 4), states=3, rank=5),
+    Case((1, 1, 9, 3)),
+    Case((1, 9, 1, 4), ROW_AND_COLUMN_ROUTES[1::2], states=2),
     Case((1, 1, 1, 3)),
-    Case((2, 4, 3, 4), ROW_ROUTES, without=PLAIN),
-    Case((1, 5, 4, 4), (COLUMNS, ROWS, ROWS), without=frozenset({"D"}), softplus=False),
-    Case((1, 5, 4, 4), CONTINUOUS_ROUTES),
-    Case((2, 3, 5, 4), CONTINUOUS_ROUTES, states=2, shared=True, routed=False),
+    Case((2, 5, 2, 4), ROW_ROUTES, without=PLAIN),
+    Case((1, 3, 4, 4), (COLUMNS, ROWS, ROWS), without=frozenset({"D"}), softplus=False),
+    Case((1, 3, 4, 3), CONTINUOUS_ROUTES),
+    Case((1, 3, 3, 4), CONTINUOUS_ROUTES, states=2, shared=True, routed=False),
     Case((1, 3, 1, 2), CONTINUOUS_ROUTES, shared=True, routed=False),
     Case((1, 1, 4, 2), CONTINUOUS_ROUTES, shared=True, without=frozenset({"direction_B"})),
     Case((1, 3, 4, 4), routed=False, without=frozenset({"delta_weight"})),
@@ -149,16 +149,23 @@ LARGE = [
     Case((2, 14, 15, 384), CONTINUOUS_ROUTES, states=16, rank=12, shared=True, routed=False),
     Case((1, 33, 30, 100), (COLUMNS, ROWS, ROWS), states=5, without=frozenset({"delta_weight"})),
 ]
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-KERNEL = [*SMALL, *[pytest.param(case, marks=pytest.mark.gpu, id=str(case)) for case in LARGE]]
+# In the interpreter halves cost as much time as float32 and show little more.
+KERNEL = [
+    pytest.param(case, dtype, marks=[] if dtype in dtypes else pytest.mark.gpu, id=f"{case}-{dtype}")
+    for case, dtypes in [
+        *((case, (torch.float32, torch.float16) if case in SMALL[:6:5] else (torch.float32,)) for case in SMALL),
+        *((case, ()) for case in LARGE),
+    ]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16)
+]
 
 
 @pytest.fixture
 def tiny_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter, which goes from number to number: tiles so small that even tiny maps have several."""
+    """In the interpreter, which is slow: tiles so small that tiny maps have several."""
     if device.type == "cpu":
         for name in ("states", "outputs", "gradients"):
-            monkeypatch.setattr(tiles, name, lambda d: tiles.Tile(4, 4, per_sm=3))
+            monkeypatch.setattr(tiles, name, lambda d: tiles.Tile(8, 4, per_sm=3))
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
@@ -209,23 +216,20 @@ def test_the_scan_of_sequences_agrees() -> None:
 
 
 @pytest.mark.usefixtures("tiny_tiles")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", KERNEL, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), KERNEL)
 def test_kernels(case: Case, dtype: torch.dtype, device: torch.device, checks: Any) -> None:
-    if device.type == "cpu" and dtype == torch.float16 and case not in SMALL[::4]:
-        pytest.skip("the interpreter computes halves as it does float32")
     reference = case.call("reference")  # which keeps states and sums in float32 for every dtype
     checks.factor_two(case.call("triton"), reference, reference, case.tensors(dtype, device))
 
 
-@pytest.mark.parametrize("case", [Case((1, 3, 6, 20), rank=4)], ids=str)
+@pytest.mark.parametrize("case", [Case((1, 3, 6, 20), ROW_AND_COLUMN_ROUTES[1:3], rank=4)], ids=str)
 def test_kernels_with_their_own_tiles(case: Case, device: torch.device, checks: Any) -> None:
     reference = case.call("reference")
     checks.factor_two(case.call("triton"), reference, reference, case.tensors(torch.float32, device))
 
 
 @pytest.mark.usefixtures("tiny_tiles")
-@pytest.mark.parametrize("case", [Case((1, 5, 7, 3), states=2), Case((1, 6, 5, 2), CONTINUOUS_ROUTES)], ids=str)
+@pytest.mark.parametrize("case", [Case((1, 5, 6, 3)), Case((1, 6, 4, 2), CONTINUOUS_ROUTES[1:3])], ids=str)
 def test_long_sequences_are_cut(case: Case, device: torch.device, checks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "segments", lambda programs, tiles, wanted: 3)
     reference = case.call("reference")
@@ -241,7 +245,7 @@ def test_segments_fill_the_card_and_no_more() -> None:
 
 @pytest.mark.usefixtures("tiny_tiles")
 def test_kernels_take_any_strides(device: torch.device, checks: Any) -> None:
-    case = Case((2, 3, 4, 5), states=2)
+    case = Case((2, 2, 3, 3), states=2)
     tensors = case.tensors(torch.float32, device)
     incoming = torch.randn(case.shape, device=device)
     expected = checks.values_and_gradients(case.call("triton"), tensors, incoming)
@@ -254,7 +258,7 @@ def test_kernels_take_any_strides(device: torch.device, checks: Any) -> None:
 
 @pytest.mark.usefixtures("tiny_tiles")
 def test_parts_of_one_projection_are_read_where_they_lie(device: torch.device) -> None:
-    case = Case((2, 3, 4, 5), states=2)
+    case = Case((2, 2, 3, 3), states=2)
     tensors = case.tensors(torch.float32, device)
     projected = torch.cat([tensors[name] for name in ("delta", "B", "C")], -1)
     parts = dict(zip(("delta", "B", "C"), projected.split([3, 2, 2], -1), strict=True))
@@ -316,9 +320,10 @@ def test_extreme_steps_stay_finite(implementation: Any, device: torch.device) ->
 
 
 @pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, of infinities that meet zeros
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_infinity_stays_in_its_image(implementation: Any, device: torch.device) -> None:
-    case = Case((2, 2, 3, 4))
+    case = Case((2, 2, 3, 4), ROW_ROUTES)
     tensors = case.tensors(torch.float32, device)
     tensors["x"][0, 1, 1] = float("inf")
     out = case.call(implementation)(tensors)
@@ -513,7 +518,7 @@ X = Case((2, 4, 5, 8)).tensors(torch.float32)
         ),
         (
             ValueError,
-            r"B must have the shape \(B, H, W, K, N\) = \(2, 4, 5, 4, 1\), got \(2, 4, 5, 1\)",
+            r"B must have the shape \(B, H, W, K, N\) = \(2, 4, 5, 4, 1\), got \(2, 4, 5, 4\)",
             {"B": X["B"][..., 0]},
         ),
         (ValueError, r"C must have .* = \(2, 4, 5, 4, 1\), got \(2, 4, 4, 4, 1\)", {"C": X["C"][:, :, 1:]}),
@@ -560,10 +565,8 @@ def test_explains_what_the_kernels_cannot_take() -> None:
         **{name: X[name][:, :, :, :1] for name in ("delta", "B", "C")},
         routes=(ROWS,) * 11,
     )
-    many = {name: torch.zeros(*X[name].shape[:-1], 65) for name in ("A", "B", "C")}
-    assert "a channel may have 64 states, this has 65" in reasons(**many)
-    wide = {name: torch.zeros(*X[name].shape[:-1], 129) for name in ("delta", "delta_weight")}
-    assert "steps may be projected from 128 numbers, these are from 129" in reasons(**wide)
+    many = {name: torch.zeros(*X[name].shape[:-1], 63) for name in ("A", "B", "C")}
+    assert "twice the states and what steps are projected from may be 128, this is 129" in reasons(**many)
     assert "pixels times the longer side may be 2**32 - 1, this map is 2048 x 1024" in reasons(**stretched(2048, 1024))
     assert ops.explain(selective_scan_2d, **X)["reference"] == []
 

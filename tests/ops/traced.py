@@ -25,6 +25,7 @@ from vizoo.ops.neighborhood_attention import function as neighborhood
 from vizoo.ops.routing_attention import function as routing
 from vizoo.ops.routing_attention import region_affinity
 from vizoo.ops.selective_scan import function as scan
+from vizoo.ops.selective_scan_2d import function as scan_2d
 from vizoo.ops.state_space_dual import function as dual
 from vizoo.ops.window_attention import function as window
 
@@ -122,6 +123,20 @@ def scanned(return_state: bool) -> Callable[..., Tensor]:
     return run
 
 
+def map_sizes(states: int) -> list[tuple[int, ...]]:
+    """Of a map with 40 channels, and of what two routes over it need."""
+    pixels, each = (2, 9, 7), (2, 40)
+    token = (*pixels, 2, states)
+    return [(*pixels, 40), (*pixels, 2, 3), (*each, states), token, token, each, (*each, 3)]
+
+
+def routed(codes: list[int]) -> Callable[..., Tensor]:
+    def run(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, weight: Tensor) -> Tensor:
+        return scan_2d._forward(x, delta, A, B, C, D, weight, D, None, codes, True, True, torch.float32)[0]
+
+    return run
+
+
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
     gpu.on = lambda device: nullcontext()
@@ -143,6 +158,8 @@ def main() -> None:
         "neighborhood_attention, whole": (neighbors(torch.float16), leaves((2, 9, 7, 3, 2, d), (2, 5, 9))),
         "selective_scan": (scanned(False), leaves(*scan_sizes(1))),
         "selective_scan, last state": (scanned(True), leaves(*scan_sizes(3))),
+        "selective_scan_2d": (routed([0, 2]), leaves(*map_sizes(1))),
+        "selective_scan_2d, two orders": (routed([1, 4]), leaves(*map_sizes(2))),
         "state_space_dual": dual_form(False, 1000, True),
         "state_space_dual, causal": dual_form(True, 64, True),
         "state_space_dual, causal, chunks": dual_form(True, 1000, False),
