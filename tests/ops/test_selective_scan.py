@@ -126,6 +126,7 @@ GOLDEN = {
     "delta_bias": [-1, 0.5],
 }
 GOLDEN_RESULTS = {
+    "y": [[0.5, -0.6156634910, 0.4119879123, 2.0876592879], [0, -0.2564807540, 1.8701092834, 1.8196038597]],
     "out": [[0.3655292893, 0, -0.1108006147, 3.6776084011], [0, 0.0484159577, 5.3442531531, 0]],
     "last": [[0.2834520554, 2.7422226865], [-2.3053492123, 1.0285092949]],
     "u": [[0.273754, 0.414977, -0.260243, 2.101841], [-0.142406, -0.645551, -2.857722, 0]],
@@ -149,7 +150,8 @@ def test_golden_values() -> None:
     leaves = {name: batched(name, value).requires_grad_() for name, value in GOLDEN.items()}
     out, last = selective_scan(**leaves, softplus=True, return_state=True)
     gradients = torch.autograd.grad(out.sum(), list(leaves.values()))
-    found = {"out": out, "last": last, **dict(zip(leaves, gradients, strict=True))}
+    y = selective_scan(**{**leaves, "z": None}, softplus=True)
+    found = {"y": y, "out": out, "last": last, **dict(zip(leaves, gradients, strict=True))}
     for name, value in GOLDEN_RESULTS.items():
         torch.testing.assert_close(found[name], batched(name, value), rtol=0, atol=1e-6, msg=name)
 
