@@ -51,13 +51,15 @@ _ZIP_MARK = b"PK\x03\x04"
 _safe_globals_lock = threading.Lock()  # torch keeps its list of allowed names in one global
 
 
-def read_state_dict(path: str | Path, container: str | None = None, prefix: str = "") -> dict[str, Tensor]:
+def read_state_dict(
+    path: str | Path, container: str | tuple[str, ...] | None = None, prefix: str = ""
+) -> dict[str, Tensor]:
     """Read the tensors of a safetensors or `torch.save` file, on the CPU.
 
     Args:
         path: The file. Its format is told by its content, not by its name.
-        container: Key of the state dict inside the file. None finds it: the first of `CONTAINERS` that holds tensors,
-            else the file itself. A safetensors file has none, so the argument does not matter there.
+        container: Key of the state dict inside the file. Several, or None for `CONTAINERS`, find it: the first that
+            holds tensors, else the file itself. A safetensors file has none, so the argument does not matter there.
         prefix: Keeps only the keys below this prefix, and removes it from them.
 
     Returns:
@@ -89,7 +91,7 @@ def check_file(path: str | Path) -> None:
         return
 
 
-def convert_trusted(source: str | Path, target: str | Path, container: str | None = None) -> None:
+def convert_trusted(source: str | Path, target: str | Path, container: str | tuple[str, ...] | None = None) -> None:
     """Convert a pickle to safetensors by running whatever the pickle asks for. Only for a file from a trusted author.
 
     Args:
@@ -173,12 +175,13 @@ def _check_shape(path: Path) -> None:
         raise CheckpointError(f"{path} is not a checkpoint (torch.save or safetensors) but {kind}")
 
 
-def _open_container(contents: Any, container: str | None, path: Path) -> Mapping[str, Any]:
-    """The state dict inside the file: the one under `container`, or the one found when that is None."""
+def _open_container(contents: Any, container: str | tuple[str, ...] | None, path: Path) -> Mapping[str, Any]:
+    """The state dict inside the file: the one under `container`, or the one found when that is no single name."""
     if not isinstance(contents, Mapping):
         raise CheckpointError(f"{path} must hold a dict of tensors, it holds a {type(contents).__name__}")
-    if container is None or _is_safetensors(path):
-        return next((contents[name] for name in CONTAINERS if _has_tensors(contents.get(name))), contents)
+    if not isinstance(container, str) or _is_safetensors(path):
+        names = container if isinstance(container, tuple) else CONTAINERS
+        return next((contents[name] for name in names if _has_tensors(contents.get(name))), contents)
     if container not in contents:
         close = get_close_matches(container, map(str, contents), 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""

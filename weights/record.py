@@ -19,7 +19,8 @@ class Weights:
         manual: What a person does to get the file where the host forbids scripted download; empty otherwise. Names
             one file: without a url, its place in the cache follows from this text.
         sha256: Full hexadecimal digest of the file; None means unverified, and loading says so.
-        container: Key of the state dict inside the file; None when the file is the state dict itself.
+        container: Key of the state dict inside the file; several where the authors do not say which, the first that is
+            there counts. None finds the usual ones, or takes the file as the state dict itself.
         prefix: Only keys below this prefix belong to the backbone (`backbone.` in a whole detector).
         license: SPDX name of the licence of the weights, or `NOT_STATED`, which needs an explicit opt-in.
         repository: Official repository, as `owner/name`.
@@ -46,7 +47,7 @@ class Weights:
     num_classes: int
     manual: str = ""
     sha256: str | None = None
-    container: str | None = None
+    container: str | tuple[str, ...] | None = None
     prefix: str = ""
     crop_pct: float = 0.875
     crop_mode: str = "center"

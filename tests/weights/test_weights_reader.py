@@ -77,6 +77,14 @@ def test_plain_weights_come_before_averaged_ones(tmp_path: Path, state: State) -
     assert same(read_state_dict(path, "model_ema"), averaged)
 
 
+def test_several_containers_are_tried_in_order(tmp_path: Path, state: State) -> None:
+    averaged, order = {name: value + 1 for name, value in state.items()}, ("model_ema", "model")
+    both = saved(tmp_path / "both.pth", {"model": state, "model_ema": averaged})
+    assert same(read_state_dict(both, order), averaged)
+    for name, contents in {"plain": {"model": state, "model_ema": None}, "bare": state}.items():
+        assert same(read_state_dict(saved(tmp_path / f"{name}.pth", contents), order), state)
+
+
 def test_reads_a_file_that_is_the_state_dict(tmp_path: Path, state: State) -> None:
     assert same(read_state_dict(saved(tmp_path / "a.pth", OrderedDict(state))), state)
 
