@@ -1,0 +1,20 @@
+"""VMamba-S (s2l15) at 224 on ImageNet-1K, from scratch.
+
+Command: torchrun --nproc-per-node 8 -m vizoo train imagenet/vssm_small_0229
+Hardware: 8 GPUs, 128 images each, as official.
+Time: not measured here; 300 epochs.
+Expected: 83.6 % top-1 on ImageNet-1K, as the authors report.
+Status: not run here.
+"""
+
+from mmengine.config import read_base
+
+from vizoo.train.hooks import EMA
+
+with read_base():
+    from .._runtime import *
+    from ._recipe_300e import *
+
+# Beside Swin's recipe: a slow average of the weights.
+custom_hooks = [dict(type=EMA, decay=0.9999)]
+model["backbone"].update(name="vssm_small_0229", drop_path_rate=0.3)
