@@ -8,9 +8,10 @@ report 46.3 (T), 48.8 (S), 49.4 (B); NAT's 45.1 (Mini), 47.1 (Tiny), 48.0 (Small
 48.9, 49.6; DiNAT_s's 46.0 (Tiny), 48.6 (Small), 49.4 (Base); 54.0 from `dinat_large_21k`, 53.4 from `dinat_s_large_21k`
 with `--set train_dataloader.dataset.transform.crop=640 model.pad_size=(640,640)` and both scales (2560, 640);
 BiFormer's 49.8 (S), 51.0 (B); PlainMamba's 44.1 (L1), 46.8 (L2), 49.1 (L3) with
-`--set model.auxiliary_head.in_index=3`.
+`--set model.auxiliary_head.in_index=3`; VSSD's 45.6 (Micro), 47.9 (T).
 Drop path: as published, 0.3 for every Swin and DiNAT_s, 0.2 to 0.5 for NAT and DiNAT by size, 0.3 for
-BiFormer-S, 0.4 for BiFormer-B, 0.1 to 0.3 for PlainMamba by size; DaViT's is not.
+BiFormer-S, 0.4 for BiFormer-B, 0.1 to 0.3 for PlainMamba by size, 0.2 for VSSD-T, 0.4
+for VSSD-S; DaViT's is not.
 Precision: float32, as official; `--set optim_wrapper.dtype=bfloat16` is faster.
 Status: not run here.
 """
@@ -32,3 +33,4 @@ drop_path.update(nat_mini=0.2, nat_tiny=0.3, nat_small=0.5, nat_base=0.5)
 drop_path.update(dinat_mini=0.2, dinat_tiny=0.3, dinat_small=0.5, dinat_base=0.5, dinat_large=0.3, dinat_s=0.3)
 drop_path.update(biformer_small=0.3, biformer_base=0.4)
 drop_path.update(plainmamba_l1=0.1, plainmamba_l2=0.2, plainmamba_l3=0.3)
+drop_path.update(vssd_tiny=0.2, vssd_small=0.4)
