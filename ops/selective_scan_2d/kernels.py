@@ -286,6 +286,9 @@ def states(
         if AGGREGATE:
             sums += tl.sum(steps, 0)
         tile += onward
+    if not AGGREGATE and segment == segments - 1:
+        for unused in range(tiles, stored):  # another order has more tiles
+            tl.store(out + unused * N * d + channel, tl.zeros((C,), tl.float32), mask=channel < d)
     if AGGREGATE:
         where = (before + segment * N) * d + channel
         tl.store(total_steps + where, sums, mask=channel < d)

@@ -37,21 +37,25 @@ def selective_scan_2d_reference(
     """Computes what `vizoo.ops.selective_scan_2d` defines."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x = x.to(wide)
+    _, H, W, _ = x.shape
     if x.device.type == "meta":
         return _counted(x, delta, A, delta_weight, wide).to(dtype)
     y = None
     with without_autocast(x.device):
         for k, route in enumerate(routes):
-            out = _scanned(
-                x,
-                _steps(delta, delta_weight, delta_bias, k, softplus, wide),
-                A[k].to(wide).mT,
-                B[:, :, :, k].to(wide),
-                C[:, :, :, k].to(wide),
-                None if direction_B is None else direction_B.to(wide),
-                route,
-                routed_parameters,
+            sources, drive, read = (tensor[:, :, :, k].to(wide) for tensor in (delta, B, C))
+            u, sources, drive, read = _along(route, [x, sources, drive, read], routed_parameters)
+            if direction_B is not None:
+                drive = drive + direction_B.to(wide)[route.directions(H, W, x.device)]
+            steps = _steps(
+                sources,
+                None if delta_weight is None else delta_weight[k].to(wide),
+                None if delta_bias is None else delta_bias[k].to(wide),
+                softplus,
             )
+            reverse = route.reverse and not _is_gathered(route, routed_parameters)
+            out, _ = scan_sequences(u, steps, A[k].to(wide).mT, drive, read, reverse=reverse)
+            out = _back(out, route, H, W, routed_parameters)
             y = out if y is None else y + out
     assert y is not None  # there is a route
     if D is not None:
@@ -70,48 +74,33 @@ def _counted(x: Tensor, delta: Tensor, A: Tensor, delta_weight: Tensor | None, w
     return (pixels @ ninefold).view(*x.shape[:3], -1)[..., : x.shape[-1]].contiguous()
 
 
-def _steps(
-    delta: Tensor, weight: Tensor | None, bias: Tensor | None, k: int, softplus: bool, wide: torch.dtype
-) -> Tensor:
-    """Steps of one route at each pixel, (B, H, W, d)."""
-    steps = delta[:, :, :, k].to(wide)
-    if weight is not None:
-        steps = steps @ weight[k].to(wide).mT
+def _steps(sources: Tensor, weight: Tensor | None, bias: Tensor | None, softplus: bool) -> Tensor:
+    """Steps of one route, (B, L, d). They are projected in its order: what they are projected from is smaller."""
+    steps = sources if weight is None else sources @ weight.mT
     if bias is not None:
-        steps = steps + bias[k].to(wide)
+        steps = steps + bias
     return F.softplus(steps) if softplus else steps
 
 
-def _scanned(
-    x: Tensor,
-    steps: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    direction_B: Tensor | None,
-    route: Route,
-    routed_parameters: bool,
-) -> Tensor:
-    """Output of one route at each pixel, (B, H, W, d), without the skip."""
-    H, W = x.shape[1:3]
-    if route.continuous or not routed_parameters:
-        pixels = route.pixels(H, W, x.device)
-        maps = [steps, B, C]
-        steps, B, C = (_gathered(m, pixels) if routed_parameters else m.flatten(1, 2) for m in maps)
-        if direction_B is not None:
-            B = B + direction_B[route.directions(H, W, x.device)]
-        y, _ = scan_sequences(_gathered(x, pixels), steps, A, B, C)
-        return y.index_select(1, pixels.argsort()).unflatten(1, (H, W))
-    u, steps, B, C = (_in_lines(m, route) for m in (x, steps, B, C))
-    y, _ = scan_sequences(u, steps, A, B, C, reverse=route.reverse)
-    return y.unflatten(1, (W, H)).transpose(1, 2) if route.columns else y.unflatten(1, (H, W))
+def _is_gathered(route: Route, routed_parameters: bool) -> bool:
+    """Whether a route's pixels are gathered one by one, in the order of the scan; else lines are scanned either way."""
+    return route.continuous or not routed_parameters
 
 
-def _gathered(tensor: Tensor, pixels: Tensor) -> Tensor:
-    """A map's pixels in the order of a route, (B, L, n)."""
-    return tensor.flatten(1, 2).index_select(1, pixels)
+def _along(route: Route, maps: list[Tensor], routed_parameters: bool) -> list[Tensor]:
+    """The maps, of which the first is x, as sequences, (B, L, n)."""
+    if not _is_gathered(route, routed_parameters):
+        return [(tensor.transpose(1, 2) if route.columns else tensor).flatten(1, 2) for tensor in maps]
+    _, H, W, _ = maps[0].shape
+    pixels = route.pixels(H, W, maps[0].device)
+    return [
+        tensor.flatten(1, 2).index_select(1, pixels) if routed_parameters or place == 0 else tensor.flatten(1, 2)
+        for place, tensor in enumerate(maps)
+    ]
 
 
-def _in_lines(tensor: Tensor, route: Route) -> Tensor:
-    """A map's pixels row after row, or column after column, (B, L, n)."""
-    return (tensor.transpose(1, 2) if route.columns else tensor).flatten(1, 2)
+def _back(out: Tensor, route: Route, H: int, W: int, routed_parameters: bool) -> Tensor:
+    """A sequence as a map, (B, H, W, d)."""
+    if _is_gathered(route, routed_parameters):
+        return out.index_select(1, route.pixels(H, W, out.device).argsort()).unflatten(1, (H, W))
+    return out.unflatten(1, (W, H)).transpose(1, 2) if route.columns else out.unflatten(1, (H, W))
