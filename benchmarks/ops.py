@@ -26,6 +26,8 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from vizoo.ops import (
+    ROW_AND_COLUMN_ROUTES,
+    Route,
     channel_attention,
     depthwise_conv,
     layer_norm,
@@ -33,6 +35,7 @@ from vizoo.ops import (
     region_routes,
     routing_attention,
     selective_scan,
+    selective_scan_2d,
     state_space_dual,
     window_attention,
 )
@@ -625,6 +628,90 @@ def measure_selective_scan(bandwidth: float, first: int | None, eager: bool) -> 
     return rows
 
 
+ROUTED = {
+    "vssm1_tiny stage 1": (128, 56, 56, 96, 6),
+    "vssm1_tiny stage 2": (128, 28, 28, 192, 12),
+    "vssm1_tiny stage 3": (128, 14, 14, 384, 24),
+    "vssm1_tiny stage 4": (128, 7, 7, 768, 48),
+    "vssm1_tiny stage 1, 800x1333": (2, 200, 334, 96, 6),
+    "vssm1_tiny stage 1, one image": (1, 56, 56, 96, 6),
+}
+"""Maps that are scanned along four routes, one state a channel: where they stand in a model, their sizes, and the rank
+of the projection of steps."""
+
+
+def routed_inputs(images: int, H: int, W: int, d: int, rank: int) -> dict[str, Tensor]:
+    """A map, parts of one projection of it, and parameters with steps of about 0.02, as VMamba starts with."""
+    K = len(ROW_AND_COLUMN_ROUTES)
+    projected = torch.randn(images, H, W, K, rank + 2, device="cuda", dtype=torch.bfloat16)
+    delta, B, C = projected.split([rank, 1, 1], -1)
+    tensors = {
+        "x": torch.randn(images, H, W, d, device="cuda", dtype=torch.bfloat16),
+        "delta": delta,
+        "A": -torch.ones(K, d, 1, device="cuda"),
+        "B": B,
+        "C": C,
+        "D": torch.ones(K, d, device="cuda"),
+        "delta_weight": (torch.rand(K, d, rank, device="cuda", dtype=torch.bfloat16) - 0.5) / rank**0.5,
+        "delta_bias": torch.full((K, d), -4.0, device="cuda"),
+    }
+    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+
+
+def copied_routes(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_weight: Tensor, delta_bias: Tensor
+) -> Tensor:
+    """What a model does without the operator: copy the four routes, scan them at once, put them back and add."""
+    _, H, W, d = x.shape
+
+    def routed(tensor: Tensor, route: Route) -> Tensor:
+        lines = (tensor.transpose(1, 2) if route.columns else tensor).flatten(1, 2)
+        return (lines.flip(1) if route.reverse else lines).mT
+
+    def each(tensor: Tensor) -> Tensor:
+        return torch.stack([routed(tensor[:, :, :, k], route) for k, route in enumerate(ROW_AND_COLUMN_ROUTES)], 1)
+
+    u = torch.stack([routed(x, route) for route in ROW_AND_COLUMN_ROUTES], 1).flatten(1, 2)
+    steps = (delta_weight @ each(delta)).flatten(1, 2)
+    y = selective_scan(
+        u, steps, A.flatten(0, 1), each(B), each(C), D.flatten(),
+        delta_bias=delta_bias.flatten(), softplus=True, dtype=torch.float32, implementation="triton",
+    ).unflatten(1, (-1, d))  # fmt: skip
+    rows, columns = y[:, 0] + y[:, 2].flip(-1), y[:, 1] + y[:, 3].flip(-1)
+    return rows.mT.unflatten(1, (H, W)) + columns.mT.unflatten(1, (W, H)).transpose(1, 2)
+
+
+def measure_selective_scan_2d(bandwidth: float, first: int | None, eager: bool) -> list[dict[str, Any]]:
+    """Scans along four routes of a map in bfloat16, beside the chain of copies, our own selective scan, and a merge."""
+
+    def ours(tensors: dict[str, Tensor]) -> Tensor:
+        return selective_scan_2d(**tensors, implementation="triton")
+
+    def chain(tensors: dict[str, Tensor]) -> Tensor:
+        return copied_routes(**tensors)
+
+    rows = []
+    for name, shape in list(ROUTED.items())[:first]:
+        tensors = routed_inputs(*shape)
+        with torch.no_grad():
+            check(ours(tensors), chain(tensors))
+        x, projected = tensors["x"].nbytes, sum(tensors[part].nbytes for part in ("delta", "B", "C"))
+        ways = {"vizoo": ours, "chain eager": chain, "chain compiled": torch.compile(chain, dynamic=False)}
+        for way, function in chosen(ways, eager).items():
+            figures = measure(function, tensors)
+            shares = {
+                # The output is float32.
+                "forward_share": (3 * x + projected) / bandwidth / figures["forward_device_ms"] * 1e3,
+                # Backward reads the maps and the incoming gradient, and writes the maps' gradients.
+                "both_share": (7 * x + 3 * projected) / bandwidth / figures["both_device_ms"] * 1e3,
+            }
+            rows.append({"op": "selective_scan_2d", "name": name, "shape": shape, "implementation": way})
+            rows[-1] |= {**figures, **shares}
+            print(line(rows[-1]), flush=True)
+        torch.compiler.reset()
+    return rows
+
+
 Ways = dict[str, Callable[[dict[str, Tensor]], Tensor]]
 
 
@@ -665,6 +752,7 @@ OPERATORS = {
     "neighborhood_attention": measure_neighborhood_attention,
     "routing_attention": measure_routing_attention,
     "selective_scan": measure_selective_scan,
+    "selective_scan_2d": measure_selective_scan_2d,
     "state_space_dual": measure_state_space_dual,
     "window_attention": measure_window_attention,
 }
