@@ -1,8 +1,8 @@
 """VSSD: a pyramid whose blocks mix tokens through one state that all of them write and all of them read.
 
 Paper: Shi et al., "VSSD: Vision Mamba with Non-Causal State Space Duality", 2024, arXiv 2407.18559. Official code:
-YuHengsss/VSSD at 87b753b (no licence stated), `classification/models/mamba2.py`; for dense tasks the same file under
-`detection/`.
+YuHengsss/VSSD at 87b753b (no licence stated), `classification/models/mamba2.py`; for dense tasks
+`detection/model.py`.
 
 Three stages mix by Mamba-2's state space duality without an order: decays weigh what a token adds to the state, instead
 of what it forgets. The last stage has plain attention. Stem, downsampling and blocks follow MLLA (arXiv 2405.16605).
@@ -51,7 +51,7 @@ from .base import (
     nearest,
 )
 from .biformer import BatchNorm, as_linear, convolve
-from .layers import DropPath, LayerNorm, Mlp
+from .layers import DropPath, LayerNorm, Mlp, is_plain
 from .vmamba import initial_step_bias
 
 STRIDE = 4
@@ -148,7 +148,7 @@ class StateSpaceDuality(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        z, mixed, dt = self.in_proj(x).split(self.parts, -1)
+        z, mixed, dt = self.project(x)
         mixed = F.silu(convolve(self.conv2d, mixed)).flatten(1, 2)
         if mixed.dtype == torch.float16:  # whose range ends before what all tokens add up to
             mixed = mixed.float()
@@ -165,6 +165,12 @@ class StateSpaceDuality(nn.Module):
         )
         y = self.norm(y.view(z.shape)).to(z.dtype)
         return self.out_proj(y * z)
+
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        """Gate, what is convolved, and steps, each (B, H, W, ...)."""
+        if is_plain(self.in_proj):  # by three products: what is convolved must lie together, and so need not be copied
+            return [F.linear(x, weight) for weight in self.in_proj.weight.split(self.parts)]
+        return self.in_proj(x).split(self.parts, -1)
 
 
 class Attention(nn.Module):

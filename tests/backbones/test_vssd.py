@@ -70,6 +70,15 @@ def test_mixer_by_definition(options: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
+def test_hooks_on_the_projection_are_called() -> None:
+    module, x = mixer(), torch.randn(2, 3, 4, 6)
+    want, seen = module(x), []
+    module.in_proj.register_forward_hook(lambda _, inputs, out: seen.append(out.shape))
+    torch.testing.assert_close(module(x), want)
+    assert seen == [(2, 3, 4, 12 + 12 + 10 + 2)]
+
+
+@torch.no_grad()
 def test_attention_by_definition() -> None:
     module, x = Attention(8, 2), torch.randn(2, 3, 5, 8)
     q, k, v = (part.unflatten(-1, (2, 4)) for part in module.to_qkv(x).flatten(1, 2).split(8, -1))
