@@ -11,6 +11,9 @@ What differs from the official code, and why:
   checkpoints hold and loading ignores. So it ignores the counts of batches that batch norms save.
 - The two routes of a scan are added up for each image. The official code for CPUs mixes the images of a batch there;
   its GPU code, by which the weights were trained, does not.
+
+Any size runs and compiles. Exports with free sizes take images from 129 pixels a side: below, a map of stride 64 or its
+wavelets have one position, which `torch.export` takes for a case of its own.
 """
 
 from __future__ import annotations
