@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vizoo.ops import depthwise_conv, region_affinity, region_routes, routing_attention
+from vizoo.ops import region_affinity, region_routes, routing_attention
 from vizoo.ops.tracing import without_autocast
 from vizoo.weights.record import Weights
 
@@ -59,7 +59,18 @@ from .base import (
     make_classifier,
     nearest,
 )
-from .layers import DropPath, LayerNorm, Mlp, crop, is_plain, larger, smaller, zero_pad
+from .layers import (
+    BatchNorm,
+    DropPath,
+    LayerNorm,
+    Mlp,
+    as_linear,
+    convolve,
+    crop,
+    larger,
+    smaller,
+    zero_pad,
+)
 
 STRIDE = 4
 """Stride of the stem; every further stage halves the map."""
@@ -224,31 +235,9 @@ def _head_dims(keys: int, channels: int) -> list[int]:
     return [n for n in range(1, keys + 1) if keys % n == 0 and channels % (keys // n) == 0]
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm of a map (B, C, H, W), whose count of batches, on which nothing depends, is in no checkpoint."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        self.register_buffer("num_batches_tracked", self.num_batches_tracked, persistent=False)
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        # To a state dict that states no version torch would add the count.
-        super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "version": 2}, *args, **kwargs)
-
-
 def depthwise(channels: int, side: int) -> nn.Conv2d | None:
     """A depthwise convolution that keeps the size of the map; None for side 0."""
     return nn.Conv2d(channels, channels, side, padding=side // 2, groups=channels) if side else None
-
-
-def convolve(conv: nn.Conv2d, x: Tensor, residual: bool = False) -> Tensor:
-    """A depthwise convolution of a map (B, H, W, C), which `residual` adds the map itself to."""
-    if is_plain(conv):
-        return depthwise_conv(x, conv.weight, conv.bias, residual=residual)
-    out = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return x + out if residual else out
 
 
 def pool_regions(x: Tensor, regions: int, mode: Pooling, size: int) -> Tensor:
@@ -533,11 +522,6 @@ class Biformer(Backbone):
             "stem": r"^downsample_layers\.0\.",
             "blocks": [(downsample, (0,)), (r"^layers\.(\d+)\.(\d+)", None)],
         }
-
-
-def as_linear(weight: Tensor) -> Tensor:
-    """Weight of a point-wise convolution (out, in, 1, 1) as that of a linear layer, which stays as it is."""
-    return weight.flatten(1)
 
 
 BLOCK = r"^stages\.(\d+)\.(?:blocks\.)?(\d+)\."

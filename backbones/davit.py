@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vizoo.ops import channel_attention, depthwise_conv, window_attention
+from vizoo.ops import channel_attention, window_attention
 from vizoo.weights.record import Weights
 
 from .base import (
@@ -39,7 +39,7 @@ from .base import (
     init_linear,
     make_classifier,
 )
-from .layers import DropPath, LayerNorm, Mlp, is_plain, pad_to_multiple
+from .layers import DropPath, LayerNorm, Mlp, convolve, is_plain, pad_to_multiple
 
 STRIDE = 4
 """Stride of the stem; every further stage halves the map."""
@@ -104,9 +104,7 @@ class PositionEncoding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        if is_plain(self.proj):
-            return depthwise_conv(x, self.proj.weight, self.proj.bias, residual=True)
-        return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return convolve(self.proj, x, residual=True)
 
 
 class SpatialAttention(nn.Module):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vizoo.ops import gelu_linear, layer_norm
+from vizoo.ops import depthwise_conv, gelu_linear, layer_norm
 from vizoo.ops.tracing import DYNAMO_KNOWS_STATICALLY, known
 
 
@@ -91,6 +91,28 @@ def is_plain(layer: nn.Module) -> bool:
     return type(layer) in (nn.Linear, nn.Conv2d) and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm of a map (B, C, H, W), whose count of batches, on which nothing depends, is in no checkpoint."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.register_buffer("num_batches_tracked", self.num_batches_tracked, persistent=False)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        # To a state dict that states no version torch would add the count.
+        super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "version": 2}, *args, **kwargs)
+
+
+def convolve(conv: nn.Conv2d, x: Tensor, residual: bool = False) -> Tensor:
+    """A depthwise convolution of a map (B, H, W, C), which `residual` adds the map itself to."""
+    if is_plain(conv):
+        return depthwise_conv(x, conv.weight, conv.bias, residual=residual)
+    out = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return x + out if residual else out
+
+
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zero-pad an image (B, C, H, W) at the bottom and right until `multiple` divides both sides."""
     height, width = x.shape[2:]
@@ -126,3 +148,8 @@ def larger(a: int, b: int) -> int:
     """`max` that decides nothing where sizes are symbolic."""
     # Dynamo makes a symbolic max of the plain one, and in older torch breaks the graph at the other.
     return max(a, b) if torch.compiler.is_dynamo_compiling() else cast(int, torch.sym_max(a, b))
+
+
+def as_linear(weight: Tensor) -> Tensor:
+    """Weight of a point-wise convolution (out, in, 1, 1) as that of a linear layer, which stays as it is."""
+    return weight.flatten(1)

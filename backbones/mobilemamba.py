@@ -40,8 +40,7 @@ from .base import (
     image_sides,
     make_classifier,
 )
-from .biformer import BatchNorm, as_linear
-from .layers import DropPath, crop, zero_pad
+from .layers import BatchNorm, DropPath, as_linear, crop, zero_pad
 from .vmamba import SS2D, DepthwiseConv, ForwardType
 
 STRIDE = 16

@@ -48,8 +48,7 @@ from .base import (
     init_linear,
     make_classifier,
 )
-from .biformer import BatchNorm
-from .layers import DropPath, LayerNorm, is_plain, pad_to_multiple
+from .layers import BatchNorm, DropPath, LayerNorm, is_plain, pad_to_multiple
 from .vim import check_pruning, most_important, rates, resize_positions, walk_pruned
 
 STRIDE = 16

@@ -48,8 +48,7 @@ from .base import (
     make_classifier,
     nearest,
 )
-from .biformer import as_linear
-from .layers import DropPath, LayerNorm, Mlp, pad_to_multiple
+from .layers import DropPath, LayerNorm, Mlp, as_linear, pad_to_multiple
 from .swin import PatchMerging
 
 STRIDE = 4

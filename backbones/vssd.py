@@ -50,8 +50,7 @@ from .base import (
     make_classifier,
     nearest,
 )
-from .biformer import BatchNorm, as_linear, convolve
-from .layers import DropPath, LayerNorm, Mlp, is_plain
+from .layers import BatchNorm, DropPath, LayerNorm, Mlp, as_linear, convolve, is_plain
 from .vmamba import initial_step_bias
 
 STRIDE = 4

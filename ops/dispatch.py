@@ -38,6 +38,7 @@ class Operator(Generic[Result]):
             arguments: an exception here is a bug, and is not taken for an answer.
         compilers_fuse_reference: Whether a compiler merges the reference with its neighbours, so that it is the faster
             one there. Then it is what compilation and export get, unless the kernels are forced.
+        proven: Whether the kernels have passed all of their tests on a GPU. Until then they run where they are forced.
     """
 
     name: str
@@ -46,7 +47,10 @@ class Operator(Generic[Result]):
     triton: Callable[..., Result]
     unsupported: Callable[..., list[str]]
     compilers_fuse_reference: bool = False
+    proven: bool = True
 
+
+UNPROVEN = "its kernels have not passed all of their tests on a GPU yet; implementation='triton' runs them"
 
 _operators: dict[Callable[..., Any], Operator[Any]] = {}
 
@@ -116,7 +120,7 @@ def call(
     # The meta device computes nothing, so there is nothing to be slow at and nothing to warn of.
     if choice == "reference" or (choice is None and device.type in ("cpu", "meta")):
         return operator.reference(**arguments)
-    reasons = operator.unsupported(**arguments)
+    reasons = operator.unsupported(**arguments) if operator.proven or choice == "triton" else [UNPROVEN]
     if not reasons:
         return operator.triton(**arguments)
     if choice == "triton":

@@ -30,7 +30,17 @@ from torch import Tensor
 
 from .errors import CheckpointError, UnsafeCheckpointError
 
-CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "network", "params", "model_ema", "state_dict_ema")
+CONTAINERS = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "net",
+    "network",
+    "params",
+    "model_ema",
+    "state_dict_ema",
+    "net_E",
+)
 
 # Packages whose objects are training configuration or logs, never weights.
 HARMLESS = {"addict", "argparse", "datetime", "easydict", "fvcore", "mmcv", "mmengine", "ml_collections", "numpy"}

@@ -253,8 +253,8 @@ def test_compile_as_one_graph(family: str) -> None:
 
 
 def test_compile_with_free_batch_and_size(family: str) -> None:
-    # Two stages have every kind of module. Symbolic sizes make each further one slow to trace, and gradients still slower:
-    # those of operators are traced in their own tests.
+    # Two stages have every kind of module. Symbolic sizes make each further one slow to trace, and gradients still
+    # slower: those of operators are traced in their own tests.
     model = tiny(family, num_classes=None, features_only=True, out_indices=(0, 1))
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     with torch.no_grad():

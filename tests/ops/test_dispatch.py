@@ -84,6 +84,15 @@ def test_compilers_get_a_reference_they_fuse_unless_forced(monkeypatch: pytest.M
     assert dispatch.call(OPERATOR, None, GPU, arguments)[0] == 3
 
 
+def test_unproven_kernels_run_only_where_they_are_forced() -> None:
+    unproven = replace(OPERATOR, proven=False)
+    with pytest.warns(UserWarning, match="its kernels have not passed all of their tests on a GPU yet"):
+        assert torch.equal(dispatch.call(unproven, None, GPU, {"x": LONG}), LONG * 2)
+    assert torch.equal(dispatch.call(unproven, "triton", GPU, {"x": LONG}), LONG * 2 + 1)
+    with ops.use("triton"):
+        assert torch.equal(dispatch.call(unproven, None, GPU, {"x": LONG}), LONG * 2 + 1)
+
+
 def test_use_holds_in_every_thread() -> None:
     seen: list[float] = []
     with ops.use("reference"):
