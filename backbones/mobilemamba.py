@@ -403,7 +403,8 @@ class Mobilemamba(Backbone):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """One layer per block, numbered through all stages; a downsampling goes with the block behind it."""
         if coarse:
-            return {"stem": r"^patch_embed\.", "blocks": [(r"^blocks(\d+)\.", None)]}
+            stages = range(len(self.stages))  # their names count from 1
+            return {"stem": r"^patch_embed\.", "blocks": [(rf"^blocks{i + 1}\.", (i,)) for i in stages]}
         return {
             "stem": r"^patch_embed\.",
             "blocks": [(r"^blocks([2-9])\.[0-2]\.", (3,)), (r"^blocks(\d+)\.(\d+)\.", None)],

@@ -127,7 +127,7 @@ def test_peak_memory_is_what_a_step_takes() -> None:
     resting = memory.of(lambda: None)
     assert resting is not None
     assert resting >= 31 << 20  # what the model holds counts, what an earlier step freed does not
-    assert resting < taken + (33 << 20)  # the allocator may keep what was freed, the kernel counts in pages
+    assert resting < taken + (40 << 20)  # the allocator may keep what was freed, the kernel counts in pages
 
 
 @pytest.mark.parametrize(

@@ -97,9 +97,10 @@ def test_timm_knows_the_published_weights(timm: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_timm_builds_the_model_itself(timm: Any, family: str) -> None:
     name = first(family)
-    built = timm.create_model(f"vizoo_{name}", num_classes=7, in_chans=4, drop_path_rate=0.3, **tiny(family))
+    options = {**tiny(family), "drop_path_rate": 0.3}
+    built = timm.create_model(f"vizoo_{name}", num_classes=7, in_chans=4, **options)
     assert type(built) is families()[family].model
-    assert built.config == vizoo.create_model(name, drop_path_rate=0.3, **tiny(family)).config
+    assert built.config == vizoo.create_model(name, **options).config
     assert built(torch.randn(2, 4, 64, 64)).shape == (2, 7)
     assert timm.data.resolve_model_data_config(built)["input_size"] == (4, 64, 64)
 
