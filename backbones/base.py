@@ -12,7 +12,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from vizoo.weights.record import IMAGENET_MEAN, IMAGENET_STD, Weights
 
+from .fusing import fuse_children
 from .layers import LayerNorm
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MIN_SIDE = 32
 
@@ -317,6 +321,12 @@ class Backbone(nn.Module):
         """A norm for a dense version's output map, in the family's layout."""
         return LayerNorm(channels, keep_float32=True)
 
+    def fuse_(self) -> None:
+        """Fold what the model itself holds, its children being folded already; see `fuse`."""
+
+    def fuse_final_norm_(self) -> None:
+        """Fold the final norm into the classifier, where both are linear; see `fuse`."""
+
     # What follows from it.
 
     def features(self, x: Tensor, indices: int | Sequence[int] | None = None) -> list[Tensor]:
@@ -417,6 +427,38 @@ class Backbone(nn.Module):
         convert = self._to_nchw if output_fmt == "NCHW" else self._to_nhwc
         maps = [convert(self.to_map(y, x.shape[2:])) for y in maps]
         return maps if intermediates_only else (self.normalize(walk[-1][1]), maps)
+
+    def fuse(self, *, keep_norm: bool = True) -> Self:
+        """Fold, in place, whatever evaluation needs no layer of its own for, and return the model.
+
+        Batch norms go into the convolution or linear layer beside them, parallel branches into one. Maps, tokens,
+        pooled features and logits stay what they were but for rounding; nothing happens where there is nothing to fold,
+        or where all is folded already. Layers that hooks watch or that were adapted stay as they are.
+
+        From then on the state dict is that of the folded model, so load weights first; and what is folded cannot be
+        trained as it was, so keep a copy for that.
+
+        Args:
+            keep_norm: Keep the final norm apart. Otherwise it goes into the classifier, where the family's is linear;
+                `forward_features` and pooled features are then those in front of it, and a new classifier gets these.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            RuntimeError: A module is in training mode, where batch norms take the statistics of each batch.
+        """
+        training = [name or type(self).__name__ for name, module in self.named_modules() if module.training]
+        if training:
+            raise RuntimeError(
+                "fuse() folds the statistics that evaluation uses: call eval() first; in training mode: "
+                f"{', '.join(training[:3])}{', ...' if len(training) > 3 else ''}"
+            )
+        fuse_children(self)
+        self.fuse_()
+        if not keep_norm:
+            self.fuse_final_norm_()
+        return self
 
     def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
         """Apply blocks in order, recomputing their activations in backward where gradient checkpointing is on."""

@@ -75,6 +75,45 @@ def test_drop_path_acts_in_training_only(family: str) -> None:
     assert torch.equal(model.eval()(x), model(x))
 
 
+def outputs(model: vizoo.Backbone, x: Tensor) -> list[Tensor]:
+    tokens = model.forward_features(x)
+    return [*model.features(x), tokens, model.forward_head(tokens, pre_logits=True), model(x)]
+
+
+def assert_alike(got: list[Tensor], want: list[Tensor], tolerance: float = 1e-5) -> None:
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+@torch.no_grad()
+def test_fusing_changes_no_output(family: str) -> None:
+    model, x = tiny(family), image(37, 61)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_(std=0.5)
+            norm.running_var.uniform_(0.5, 2)
+    pyramid = tiny(family, num_classes=None, features_only=True, out_indices=(0, 1))
+    vizoo.load_checkpoint(pyramid, model.state_dict())
+    want, state = outputs(model, x), model.state_dict()
+    assert model.fuse() is model
+    assert_alike(outputs(model, x), want)
+    fused = {key: value.clone() for key, value in model.state_dict().items()}
+    again = model.fuse().state_dict()
+    assert again.keys() == fused.keys()
+    assert all(torch.equal(again[key], value) for key, value in fused.items())
+    assert sum(value.numel() for value in fused.values()) <= sum(value.numel() for value in state.values())
+    assert_alike(pyramid.fuse()(x), want[:2])
+    assert_alike(model.fuse(keep_norm=False)(x)[None], want[-1:])
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7)
+
+
+def test_fusing_is_for_evaluation(family: str) -> None:
+    model = tiny(family)
+    with pytest.raises(RuntimeError, match=r"call eval\(\) first; in training mode: "):
+        model.train().fuse()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_training_under_autocast_has_no_nan(family: str, dtype: torch.dtype) -> None:
     model = tiny(family).train()
