@@ -59,6 +59,7 @@ from .base import (
     make_classifier,
     nearest,
 )
+from .fusing import fold_neighbours
 from .layers import (
     BatchNorm,
     DropPath,
@@ -508,6 +509,11 @@ class Biformer(Backbone):
     def normalize(self, x: Tensor) -> Tensor:
         """Final norm; see `Backbone`."""
         return self.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def fuse_final_norm_(self) -> None:
+        """Into the classifier, since the mean over positions lets it pass; see `Backbone`."""
+        if not self.features_only:
+            fold_neighbours(self, ["norm", "head"])
 
     def make_output_norm(self, channels: int) -> nn.Module:
         """A norm of the dense version; see `Backbone`."""

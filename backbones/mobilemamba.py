@@ -40,6 +40,7 @@ from .base import (
     image_sides,
     make_classifier,
 )
+from .fusing import fold_neighbours
 from .layers import BatchNorm, DropPath, as_linear, crop, zero_pad
 from .vmamba import SS2D, DepthwiseConv, ForwardType
 
@@ -147,6 +148,10 @@ class ConvBN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the map that the convolution gives."""
         return normalize_map(self.bn, self.c(x))
+
+    def fuse_(self) -> None:
+        """Fold the norm into the convolution."""
+        fold_neighbours(self, ["c", "bn"])
 
 
 def normalize_map(norm: nn.Module, x: Tensor) -> Tensor:
@@ -256,6 +261,11 @@ class LocalOp(nn.Module):
         """(B, H, W, C) to the same shape."""
         x = self.bn1(self.dwconv3x3(x).permute(0, 3, 1, 2)).relu()
         return self.bn2(self.dwconv1x1(x)).permute(0, 2, 3, 1)
+
+    def fuse_(self) -> None:
+        """Fold each norm into the convolution in front of it."""
+        fold_neighbours(self, ["dwconv3x3", "bn1"])
+        fold_neighbours(self, ["dwconv1x1", "bn2"])
 
 
 class Mixer(nn.Module):
@@ -399,6 +409,11 @@ class Mobilemamba(Backbone):
     def pool(self, x: Tensor) -> Tensor:
         """Mean over positions, then the final norm; (B, num_features)."""
         return self.head["bn"](super().pool(x)[..., None, None]).flatten(1)
+
+    def fuse_final_norm_(self) -> None:
+        """Into the classifier; see `Backbone`."""
+        if not self.features_only:
+            fold_neighbours(self, ["head.bn", "head.l"])
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """One layer per block, numbered through all stages; a downsampling goes with the block behind it."""

@@ -50,6 +50,7 @@ from .base import (
     make_classifier,
     nearest,
 )
+from .fusing import fold_neighbours
 from .layers import BatchNorm, DropPath, LayerNorm, Mlp, as_linear, convolve, is_plain
 from .vmamba import initial_step_bias
 
@@ -227,6 +228,10 @@ class ConvNorm(nn.Module):
         """(B, channels, H, W) to (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         return self.norm(self.conv(x))
 
+    def fuse_(self) -> None:
+        """Fold the norm into the convolution."""
+        fold_neighbours(self, ["conv", "norm"])
+
 
 class Stem(nn.Module):
     """Image to the first stage's map, by five convolutions."""
@@ -261,6 +266,10 @@ class Downsample(nn.Module):
         x = F.relu(self.expand(x)).permute(0, 3, 1, 2)
         x = self.reduce(F.relu(self.conv(x)).permute(0, 2, 3, 1))
         return self.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def fuse_(self) -> None:
+        """Fold the norm into the linear layer in front of it."""
+        fold_neighbours(self, ["reduce", "norm"])
 
 
 class VssdStage(nn.Module):
