@@ -7,6 +7,7 @@ from .depthwise_conv import depthwise_conv
 from .dispatch import explain, use
 from .gelu_linear import gelu_linear
 from .layer_norm import layer_norm
+from .linear_attention import FlowConservation, KernelSum, MeanSubtraction, linear_attention
 from .neighborhood_attention import neighborhood_attention
 from .routing_attention import region_affinity, region_routes, routing_attention
 from .selective_scan import selective_scan
@@ -18,12 +19,16 @@ __all__ = [
     "CONTINUOUS_ROUTES",
     "ROW_AND_COLUMN_ROUTES",
     "ROW_ROUTES",
+    "FlowConservation",
+    "KernelSum",
+    "MeanSubtraction",
     "Route",
     "channel_attention",
     "depthwise_conv",
     "explain",
     "gelu_linear",
     "layer_norm",
+    "linear_attention",
     "neighborhood_attention",
     "region_affinity",
     "region_routes",
