@@ -134,12 +134,13 @@ class RMSNorm(nn.RMSNorm):
     Args:
         channels: Length of the last axis.
         keep_float32: Give float32 under autocast; for a norm that no linear layer follows.
+        eps: Added to the mean square.
     """
 
     weight: nn.Parameter
 
-    def __init__(self, channels: int, keep_float32: bool = False) -> None:
-        super().__init__(channels, eps=1e-5)
+    def __init__(self, channels: int, keep_float32: bool = False, eps: float = 1e-5) -> None:
+        super().__init__(channels, eps)
         self.keep_float32 = keep_float32
 
     def forward(self, x: Tensor) -> Tensor:

@@ -37,16 +37,17 @@ def families() -> dict[str, Family]:
     """Every family by name.
 
     Raises:
-        RuntimeError: A family file has no FAMILY, or two families publish the same variant.
+        RuntimeError: A family file has no FAMILY, nor FAMILIES, or two families publish the same variant.
     """
     found: dict[str, Family] = {}
     for module in pkgutil.iter_modules(vizoo.backbones.__path__):
         if module.name in _NOT_FAMILIES:
             continue
-        family = getattr(importlib.import_module(f"vizoo.backbones.{module.name}"), "FAMILY", None)
-        if not isinstance(family, Family):
-            raise RuntimeError(f"backbones/{module.name}.py must end in FAMILY = Family(...)")
-        found[family.name] = family
+        file = importlib.import_module(f"vizoo.backbones.{module.name}")
+        published = getattr(file, "FAMILIES", (getattr(file, "FAMILY", None),))
+        if not all(isinstance(family, Family) for family in published):
+            raise RuntimeError(f"backbones/{module.name}.py must end in FAMILY = Family(...), or in FAMILIES, several")
+        found |= {family.name: family for family in published}
     return found
 
 
