@@ -5,6 +5,7 @@ from __future__ import annotations
 from .channel_attention import channel_attention
 from .depthwise_conv import depthwise_conv
 from .dispatch import explain, use
+from .gated_linear_attention import gated_linear_attention
 from .gelu_linear import gelu_linear
 from .layer_norm import layer_norm
 from .linear_attention import FlowConservation, KernelSum, MeanSubtraction, linear_attention
@@ -26,6 +27,7 @@ __all__ = [
     "channel_attention",
     "depthwise_conv",
     "explain",
+    "gated_linear_attention",
     "gelu_linear",
     "layer_norm",
     "linear_attention",
