@@ -208,6 +208,5 @@ _OPERATOR = dispatch.Operator(
     reference=selective_scan_reference,
     triton=selective_scan_triton,
     unsupported=unsupported_reasons,
-    proven=False,
 )
 dispatch.register(selective_scan, _OPERATOR)

@@ -57,7 +57,7 @@ def _over_tokens(x, FLAT: tl.constexpr):
 
 @triton.jit
 def _over_channels(x, FLAT: tl.constexpr, DOT: tl.constexpr):
-    """Sums, (T, BLOCK_N); on tensor cores if DOT, for which numbers are rounded to tf32."""
+    """Sums, (T, BLOCK_N); on tensor cores if DOT, for which numbers are cut to tf32."""
     if DOT:
         rows = tl.reshape(x, (x.shape[0] * x.shape[1], x.shape[2]))
         total = tl.dot(rows, tl.full((x.shape[2], 16), 1.0 / 16, tl.float32), input_precision="tf32")
@@ -347,8 +347,9 @@ def backward(
             by_y *= gate * open
         direct = _with_states(by_y, FLAT) * _with_channels(c, FLAT)
         by_h, flow = _adjoints(decay, direct, flow, LOG_T, FLAT, REVERSE)
-        # Of the decayed state before: what has come in is known, and taken off again.
-        by_decay = by_h * (h - drive)
+        # Of the decayed state before: what has come in is known, and taken off again. Of a state of which nothing is
+        # left, a rounding would remain, which long steps make large.
+        by_decay = by_h * tl.where(decay > 0.0, h - drive, 0.0)
         by_drive = _over_states(by_h * _with_channels(b, FLAT), FLAT)
         by_step = _over_states(by_decay * _with_tokens(A_rate, FLAT), FLAT) + by_drive * x
         if SOFTPLUS:

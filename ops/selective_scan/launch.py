@@ -126,7 +126,7 @@ def backward(
     parts = _Parts(u, A, B, grid, D is not None, bias is not None, initial_state is not None)
     if u.numel():
         rates, skip, shift, flows = A.contiguous(), _contiguous(D), _contiguous(bias), _row(grad_last)
-        dot = grid.tile.dot and B.element_size() == 2 == C.element_size()
+        dot = grid.tile.dot and B.dtype == torch.bfloat16 == C.dtype
         with gpu.on(u.device):
             if grid.splits > 1:
                 flows = _split_starts(grid, flows, rates, (grad_out, delta, C, z, shift), backward=True)

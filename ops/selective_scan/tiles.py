@@ -20,7 +20,7 @@ class Tile(NamedTuple):
     Attributes:
         channels: Channels of a tile, a power of two; those of one program.
         warps: Warps of a program.
-        dot: Whether sums over channels go through tensor cores, which takes 16 channels and rounds to tf32.
+        dot: Whether sums over channels go through tensor cores, which takes 16 channels and cuts to tf32: for bfloat16.
     """
 
     channels: int

@@ -183,6 +183,5 @@ _OPERATOR = dispatch.Operator(
     reference=selective_scan_2d_reference,
     triton=selective_scan_2d_triton,
     unsupported=unsupported_reasons,
-    proven=False,
 )
 dispatch.register(selective_scan_2d, _OPERATOR)

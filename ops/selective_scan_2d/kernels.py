@@ -141,6 +141,19 @@ def _projection(weight, k, channel, d, R: tl.constexpr, RP: tl.constexpr):
 
 
 @triton.jit
+def _constants(weight, bias, D, k, channel, d, R: tl.constexpr, RP: tl.constexpr):
+    """Weights and bias of the steps of a route, and its skip. Without weights (R is 0) the first is not to be used."""
+    projection, shift, skip = channel, channel * 0.0, channel * 0.0
+    if weight is not None:
+        projection = _projection(weight, k, channel, d, R, RP)
+    if bias is not None:
+        shift = _vector(bias + k * d, channel, d)
+    if D is not None:
+        skip = _vector(D + k * d, channel, d)
+    return projection, shift, skip
+
+
+@triton.jit
 def _sources(delta, start, stride, token, channel, real, d, R: tl.constexpr, RP: tl.constexpr, WHOLE: tl.constexpr):
     """What the steps of a tile are made from: (T, RP) numbers to project, or (T, C) steps if R is 0."""
     if R == 0:
@@ -163,16 +176,14 @@ def _product(a, b, acc):
 
 
 @triton.jit
-def _steps(sources, projection, bias, real, T: tl.constexpr, C: tl.constexpr, SOFTPLUS: tl.constexpr):
+def _steps(sources, projection, bias, real, R: tl.constexpr, T: tl.constexpr, C: tl.constexpr, SOFTPLUS: tl.constexpr):
     """Steps of a tile, and what softplus was taken of.
 
     A product leaves tokens in many threads. A scan that changes nothing brings those of a channel together, once, so
     that all that follows stays in a thread.
     """
-    v = tl.zeros((T, C), tl.float32)
-    if bias is not None:
-        v += bias[None, :]
-    if projection is None:
+    v = tl.zeros((T, C), tl.float32) + bias[None, :]
+    if R == 0:
         v += sources.to(tl.float32)
     else:
         v = tl.associative_scan(_product(sources, projection, v), 0, _later)
@@ -251,11 +262,7 @@ def states(
     x += image * x_image
     delta += image * delta_image + k * delta_route
     B += image * B_image + k * B_route
-    projection, shift = None, None
-    if weight is not None:
-        projection = _projection(weight, k, channel, d, R, RP)
-    if bias is not None:
-        shift = _vector(bias + k * d, channel, d)
+    projection, shift, _ = _constants(weight, bias, None, k, channel, d, R, RP)
     rate = _vector(A + (k * d) * N + n, channel * N, d * N) * LOG2E
     before = (image * K + k) * segments * N + n
     out += ((image * K + k) * stored * N + n) * d
@@ -278,7 +285,7 @@ def states(
         )  # fmt: skip
         if not AGGREGATE:
             tl.store(out + tile.to(tl.int64) * (N * d) + channel, h, mask=channel < d)
-        steps = _steps(sources, projection, shift, real, T, C, SOFTPLUS)[0]
+        steps = _steps(sources, projection, shift, real, R, T, C, SOFTPLUS)[0]
         decay = tl.exp2(steps * rate[None, :])
         drive = (decay if ADJOINT else steps) * values * map[:, None]
         drive = tl.where(order[:, None] == 0, decay * h[None, :] + drive, drive)
@@ -323,7 +330,7 @@ def _route_output(
     place = _places(tile, token, H, W, COLUMNS, CONTINUOUS, BACKWARDS, T, CONTINUOUS, ROUTED)
     row, stride, real, line, first = place[2], place[3], place[4], place[5], place[6]
     sources = _sources(delta, row * delta_pixel, stride * delta_pixel, token, channel, real, d, R, RP, WHOLE)
-    steps = _steps(sources, projection, shift, real, T, C, SOFTPLUS)[0]
+    steps = _steps(sources, projection, shift, real, R, T, C, SOFTPLUS)[0]
     driven = steps * values
     offset = row * B_pixel + token * (stride * B_pixel)
     states += ((image * K + k) * stored + tile) * N * d
@@ -335,20 +342,6 @@ def _route_output(
         h = _scanned(tl.exp2(steps * rate[None, :]), driven * map[:, None], state, token, T - 1, BACKWARDS)
         y += h * read[:, None]
     return y
-
-
-@triton.jit
-def _constants(weight, bias, D, k, channel, d, R: tl.constexpr, RP: tl.constexpr):
-    """Weights and bias of the steps of a route, and its skip."""
-    projection, shift = None, None
-    if weight is not None:
-        projection = _projection(weight, k, channel, d, R, RP)
-    if bias is not None:
-        shift = _vector(bias + k * d, channel, d)
-    skip = channel * 0.0
-    if D is not None:
-        skip = _vector(D + k * d, channel, d)
-    return projection, shift, skip
 
 
 @triton.jit(do_not_specialize=[
@@ -466,7 +459,7 @@ def _route_gradients(
         by_skip += tl.sum(values * grads, 0)
         source, start, onward = delta + image * delta_image, row * delta_pixel, row_stride * delta_pixel
         sources = _sources(source, start, onward, token, channel, real, d, R, RP, WHOLE)
-        steps, v = _steps(sources, projection, shift, real, T, C, SOFTPLUS)
+        steps, v = _steps(sources, projection, shift, real, R, T, C, SOFTPLUS)
         sums = tl.zeros((T, MP), tl.float32)
         through, by_steps = tl.zeros((T, C), tl.float32), tl.zeros((T, C), tl.float32)
         where = ((image * K + k) * stored + tile) * N * d
@@ -483,7 +476,7 @@ def _route_gradients(
             driver = read * grads
             adjoint = _vector(adjoints + where + n * d, channel, d)
             adjoint = _before(decay, decay * driver, driver, adjoint, token, T - 1, not BACKWARDS)
-            kept = h - drive
+            kept = tl.where(decay > 0.0, h - drive, 0.0)  # a rounding would remain, which long steps make large
             through += adjoint * map
             by_steps += adjoint * (rate[None, :] * kept + map * values)
             rates += tl.where(place[:, None] == n, tl.sum(adjoint * steps * kept, 0)[None, :], 0.0)

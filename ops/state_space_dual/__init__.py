@@ -234,6 +234,5 @@ _OPERATOR = dispatch.Operator(
     reference=state_space_dual_reference,
     triton=state_space_dual_triton,
     unsupported=unsupported_reasons,
-    proven=False,
 )
 dispatch.register(state_space_dual, _OPERATOR)

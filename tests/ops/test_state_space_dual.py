@@ -130,7 +130,7 @@ def by_hand(
 
 SMALL = [
     Case(2, 35, 3, 16, 16),
-    Case(1, 1, 1, 16, 16, D=0),
+    Case(8, 1, 4, 16, 16, D=0),
     Case(1, 70, 4, 24, 32, groups=2, D=2),
     Case(2, 16, 4, 16, 8, groups=2, state=True),
     Case(1, 33, 3, 64, 48, packed=True),
