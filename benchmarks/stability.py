@@ -17,7 +17,6 @@ from runpy import run_path
 from typing import Any
 
 import torch
-from mmengine.registry import init_default_scope
 from torch.nn import functional as F
 
 import vizoo
@@ -99,7 +98,6 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    init_default_scope("vizoo")
     rows = []
     for name in options.models:
         for dtype in options.dtypes:
