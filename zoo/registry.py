@@ -13,7 +13,7 @@ import vizoo.backbones
 from vizoo.backbones.base import Backbone, Family, Variant, nearest
 from vizoo.weights.record import Weights
 
-_NOT_FAMILIES = ("base", "fusing", "hosts", "layers")
+_NOT_FAMILIES = ("base", "fusing", "hosts", "layers", "progressive_norm")
 
 
 @dataclass(frozen=True)
