@@ -1,0 +1,427 @@
+"""Triton kernels of gated linear attention.
+
+Letters: N tokens, in chunks of `length` tokens that a program walks through in tiles of ROWS; HEADS heads of DK
+channels of keys and DV of values; a state is DK x DV, of each of DIRECTIONS directions. `states` walks through tiles
+and keeps the state that each of them finds, or (GRADIENT) the gradient of that which it leaves; `scan` joins chunks
+that were walked from nothing; `outputs` and `gradients` take tiles, all at once, both directions of one together.
+
+Where tokens are compared, their place counts, which runs against the rows of a tile on the way back. Tokens of a tile
+see each other through halves: at level l, in blocks of 2^(l+1) tokens, each one of the right half sees those of the
+left half; what lies between two tokens splits at the middle of the block that has them in different halves. Sums of log
+decays are made by products with zeros and ones, each of just those it is the sum of: none is the difference of two,
+and all exponents are negative.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NOTHING: tl.constexpr = tl.constexpr(-128.0)
+"""exp of it is zero in float32."""
+
+
+@triton.jit
+def _tile(pointer, start, tokens, pitch, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Vectors of ROWS tokens, zeros beyond the last one."""
+    row, lane = tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    real = (start + row < tokens)[:, None]
+    if WIDTH != BLOCK:
+        real = real & (lane < WIDTH)[None, :]
+    pointer += tl.cast(start, tl.int64) * pitch
+    return tl.load(pointer + row[:, None] * pitch + lane[None, :], mask=real, other=0.0)
+
+
+@triton.jit
+def _put(pointer, value, start, tokens, pitch, WIDTH: tl.constexpr):
+    """Writes vectors of a tile."""
+    row, lane = tl.arange(0, value.shape[0]), tl.arange(0, value.shape[1])
+    real = (start + row < tokens)[:, None] & (lane < WIDTH)[None, :]
+    pointer += tl.cast(start, tl.int64) * pitch
+    tl.store(pointer + row[:, None] * pitch + lane[None, :], value.to(pointer.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _within_state(DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Offset of each number of a state, and whether it exists."""
+    row, column = tl.arange(0, BLOCK_K)[:, None], tl.arange(0, BLOCK_V)[None, :]
+    return row * DV + column, (row < DK) & (column < DV)
+
+
+@triton.jit
+def _state(pointer, index, DK: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr):
+    offset, real = _within_state(DK, DV, BLOCK_K, BLOCK_V)
+    return tl.load(pointer + tl.cast(index, tl.int64) * (DK * DV) + offset, mask=real, other=0.0)
+
+
+@triton.jit
+def _put_state(pointer, value, index, DK: tl.constexpr, DV: tl.constexpr):
+    offset, real = _within_state(DK, DV, value.shape[0], value.shape[1])
+    pointer += tl.cast(index, tl.int64) * (DK * DV)
+    tl.store(pointer + offset, value.to(pointer.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _log_sigmoid(x):
+    """log(1 / (1 + exp(-x))), and its slope. log(1 + e) as 2 atanh(e / (2 + e)) keeps what 1 + e would round away."""
+    e = tl.exp(-tl.abs(x))
+    t = e / (2.0 + e)
+    q = t * t
+    series = q * (1.0 / 13) + 1.0 / 11
+    series = series * q + 1.0 / 9
+    series = series * q + 1.0 / 7
+    series = series * q + 1.0 / 5
+    series = series * q + 1.0 / 3
+    series = series * q + 1.0
+    return tl.minimum(x, 0.0) - 2.0 * t * series, tl.where(x > 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def _log_decay(
+    decay,
+    start,
+    tokens,
+    pitch,
+    inverse,
+    DK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+):
+    """Log decays of a tile, zero beyond the last token, and their slope. Bounded, so that no sum is infinite."""
+    value = _tile(decay, start, tokens, pitch, DK, BLOCK_K, ROWS).to(tl.float32)
+    slope = 1.0
+    if NORMALIZED:
+        value, slope = _log_sigmoid(value)
+        factor = tl.cast(inverse, tl.float32)
+        value, slope = value * factor, slope * factor
+        value = tl.where((start + tl.arange(0, ROWS) < tokens)[:, None], value, 0.0)
+    return tl.maximum(value, NOTHING), slope
+
+
+@triton.jit
+def _places(backwards, ROWS: tl.constexpr):
+    """Place of each row of a tile in the walk through it."""
+    row = tl.arange(0, ROWS)
+    return row + backwards * (ROWS - 1 - 2 * row)
+
+
+@triton.jit
+def _until(place):
+    """Which tokens come up to each one, and itself."""
+    return place[:, None] >= place[None, :]
+
+
+@triton.jit
+def _after(place):
+    """Which tokens come after each one."""
+    return place[:, None] < place[None, :]
+
+
+@triton.jit
+def _halves(place, level):
+    """Whose decays lie between each token and the middle of its block, and which pairs of tokens a level joins."""
+    own, other = place[:, None], place[None, :]
+    apart = (own ^ other) >> level
+    between = (apart == 0) & ((own >= other) == (((own >> level) & 1) == 1))
+    return between, (apart == 1) & (own > other)
+
+
+@triton.jit
+def _product(a, b, OPERAND: tl.constexpr):
+    if OPERAND == tl.float32:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32x3")
+    return tl.dot(a.to(OPERAND), b.to(OPERAND))
+
+
+@triton.jit
+def _sums(chosen, value, OPERAND: tl.constexpr):
+    """Sums over rows, of those chosen for each. In half precision value comes in two parts: all of it counts."""
+    if OPERAND == tl.float32:
+        return tl.dot(chosen.to(tl.float32), value, input_precision="tf32x3")
+    high = value.to(OPERAND)
+    low = (value - high.to(tl.float32)).to(OPERAND)
+    ones = chosen.to(OPERAND)
+    return tl.dot(ones, low, tl.dot(ones, high))
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks", "length"])
+def states(
+    left,
+    right,
+    decay,
+    reverse_decay,
+    starts,
+    kept,
+    ends,
+    decays,
+    tokens,
+    chunks,
+    length,
+    scale,
+    inverse,
+    left_batch,
+    left_token,
+    left_head,
+    right_batch,
+    right_token,
+    right_head,
+    decay_batch,
+    decay_token,
+    decay_head,
+    HEADS: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """Walks through a chunk with a state, from `starts` or from nothing: keys are left, values right.
+
+    Keeps, where asked for, the state that each tile finds, (batch, tiles, DIRECTIONS, HEADS, DK, DV), the state at the
+    end of the chunk, (batch, chunks, DIRECTIONS, HEADS, DK, DV), and what the chunk leaves of a state, without DV. The
+    gradient of the state is walked the other way, with queries and the gradient of the output.
+    """
+    program = tl.program_id(0)
+    head, direction = program % HEADS, program // HEADS % DIRECTIONS
+    chunk = program // (HEADS * DIRECTIONS) % chunks
+    image = tl.cast(program // (HEADS * DIRECTIONS) // chunks, tl.int64)
+    backwards = direction + REVERSE
+    down = (backwards + GRADIENT) % 2
+    place = _places(backwards, ROWS)
+    if DIRECTIONS == 2:
+        if direction == 1:
+            decay = reverse_decay
+    left += image * left_batch + head * left_head
+    right += image * right_batch + head * right_head
+    decay += image * decay_batch + head * decay_head
+    begin = chunk * length
+    count = (tl.minimum(begin + length, tokens) - begin + ROWS - 1) // ROWS
+    tiles = (tokens + ROWS - 1) // ROWS
+    state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    if starts is not None:
+        state = _state(starts, program, DK, DV, BLOCK_K, BLOCK_V)
+    time = tl.zeros((BLOCK_K,), tl.float32)
+    for step in range(count):
+        tile = step + down * (count - 1 - 2 * step)
+        start = begin + tile * ROWS
+        if kept is not None:
+            index = (image * tiles + begin // ROWS + tile) * (HEADS * DIRECTIONS) + direction * HEADS + head
+            _put_state(kept, state, index, DK, DV)
+        a, _ = _log_decay(decay, start, tokens, decay_token, inverse, DK, BLOCK_K, ROWS, NORMALIZED)
+        x = _tile(left, start, tokens, left_token, DK, BLOCK_K, ROWS).to(tl.float32)
+        y = _tile(right, start, tokens, right_token, DV, BLOCK_V, ROWS)
+        if GRADIENT:
+            x *= tl.exp(_sums(_until(place), a, OPERAND)) * tl.cast(scale, tl.float32)
+        else:
+            x *= tl.exp(_sums(_after(place), a, OPERAND))
+        change = tl.sum(a, 0)
+        time += change
+        state = state * tl.exp(change)[:, None] + _product(tl.trans(x), y, OPERAND)
+    if ends is not None:
+        _put_state(ends, state, program, DK, DV)
+    if decays is not None:
+        lane = tl.arange(0, BLOCK_K)
+        tl.store(decays + tl.cast(program, tl.int64) * DK + lane, tl.exp(time), mask=lane < DK)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def scan(
+    parts,
+    decays,
+    initial,
+    last,
+    chunks,
+    HEADS: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+):
+    """Puts in the place of what each chunk adds to a state the state that it finds (or its gradients: GRADIENT)."""
+    BLOCKS: tl.constexpr = (DK * DV + BLOCK - 1) // BLOCK
+    walk = tl.cast(tl.program_id(0) // BLOCKS, tl.int64)
+    own, image = walk % (HEADS * DIRECTIONS), walk // (HEADS * DIRECTIONS)
+    down = (own // HEADS + REVERSE + GRADIENT) % 2
+    lane = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    real = lane < DK * DV
+    state = tl.zeros((BLOCK,), tl.float32)
+    if initial is not None:
+        state = tl.load(initial + walk * (DK * DV) + lane, mask=real, other=0.0)
+    for step in range(chunks):
+        chunk = step + down * (chunks - 1 - 2 * step)
+        index = (image * chunks + chunk) * (HEADS * DIRECTIONS) + own
+        added = tl.load(parts + index * (DK * DV) + lane, mask=real, other=0.0)
+        left = tl.load(decays + index * DK + lane // DV, mask=real, other=0.0)
+        tl.store(parts + index * (DK * DV) + lane, state, mask=real)
+        state = left * state + added
+    tl.store(last + walk * (DK * DV) + lane, state, mask=real)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def outputs(
+    q,
+    k,
+    v,
+    decay,
+    reverse_decay,
+    kept,
+    out,
+    tokens,
+    scale,
+    inverse,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    decay_batch,
+    decay_token,
+    decay_head,
+    HEADS: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """Output of a tile: what its tokens read in the states that it finds, and what they see of each other."""
+    program = tl.program_id(0)
+    tiles = (tokens + ROWS - 1) // ROWS
+    head, tile, image = program % HEADS, program // HEADS % tiles, tl.cast(program // HEADS // tiles, tl.int64)
+    start = tile * ROWS
+    query = _tile(q + image * q_batch + head * q_head, start, tokens, q_token, DK, BLOCK_K, ROWS).to(tl.float32)
+    key = _tile(k + image * k_batch + head * k_head, start, tokens, k_token, DK, BLOCK_K, ROWS).to(tl.float32)
+    value = _tile(v + image * v_batch + head * v_head, start, tokens, v_token, DV, BLOCK_V, ROWS)
+    result = (DIRECTIONS * tl.sum(query * key, 1))[:, None] * value.to(tl.float32)
+    scores = tl.zeros((ROWS, ROWS), tl.float32)
+    for direction in tl.static_range(DIRECTIONS):
+        source = decay if direction == 0 else reverse_decay
+        place = _places(direction + REVERSE, ROWS)
+        source += image * decay_batch + head * decay_head
+        a, _ = _log_decay(source, start, tokens, decay_token, inverse, DK, BLOCK_K, ROWS, NORMALIZED)
+        for level in range(LEVELS):
+            between, pairs = _halves(place, level)
+            left = tl.exp(_sums(between, a, OPERAND))
+            scores = tl.where(pairs, _product(query * left, tl.trans(key * left), OPERAND), scores)
+        index = (image * tiles + tile) * (HEADS * DIRECTIONS) + direction * HEADS + head
+        state = _state(kept, index, DK, DV, BLOCK_K, BLOCK_V)
+        result += _product(query * tl.exp(_sums(_until(place), a, OPERAND)), state, OPERAND)
+    result += _product(scores, value, OPERAND)
+    result *= tl.cast(scale, tl.float32)
+    _put(out + image * tokens * (HEADS * DV) + head * DV, result, start, tokens, HEADS * DV, DV)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def gradients(
+    grad_out,
+    q,
+    k,
+    v,
+    decay,
+    reverse_decay,
+    kept,
+    grad_kept,
+    grad_q,
+    grad_k,
+    grad_v,
+    grad_decay,
+    grad_reverse_decay,
+    tokens,
+    scale,
+    inverse,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
+    decay_batch,
+    decay_token,
+    decay_head,
+    HEADS: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """Gradients of a tile, from the states that it finds and the gradients of those that it leaves."""
+    program = tl.program_id(0)
+    tiles = (tokens + ROWS - 1) // ROWS
+    head, tile, image = program % HEADS, program // HEADS % tiles, tl.cast(program // HEADS // tiles, tl.int64)
+    start, factor = tile * ROWS, tl.cast(scale, tl.float32)
+    query = _tile(q + image * q_batch + head * q_head, start, tokens, q_token, DK, BLOCK_K, ROWS).to(tl.float32)
+    key = _tile(k + image * k_batch + head * k_head, start, tokens, k_token, DK, BLOCK_K, ROWS).to(tl.float32)
+    value = _tile(v + image * v_batch + head * v_head, start, tokens, v_token, DV, BLOCK_V, ROWS)
+    grad_out += image * tokens * (HEADS * DV) + head * DV
+    grad = _tile(grad_out, start, tokens, HEADS * DV, DV, BLOCK_V, ROWS)
+    by_score = _product(grad, tl.trans(value), OPERAND) * factor
+    diagonal = (DIRECTIONS * factor * tl.sum(grad.to(tl.float32) * value.to(tl.float32), 1))[:, None]
+    by_query, by_key = diagonal * key, diagonal * query
+    by_value = (DIRECTIONS * factor * tl.sum(query * key, 1))[:, None] * grad.to(tl.float32)
+    scores = tl.zeros((ROWS, ROWS), tl.float32)
+    pitch_k: tl.constexpr = HEADS * DK
+    vectors = image * tokens * pitch_k + head * DK
+    for direction in tl.static_range(DIRECTIONS):
+        source, target = decay, grad_decay
+        if direction == 1:
+            source, target = reverse_decay, grad_reverse_decay
+        place = _places(direction + REVERSE, ROWS)
+        source += image * decay_batch + head * decay_head
+        a, slope = _log_decay(source, start, tokens, decay_token, inverse, DK, BLOCK_K, ROWS, NORMALIZED)
+        index = (image * tiles + tile) * (HEADS * DIRECTIONS) + direction * HEADS + head
+        state = _state(kept, index, DK, DV, BLOCK_K, BLOCK_V)
+        grad_state = _state(grad_kept, index, DK, DV, BLOCK_K, BLOCK_V)
+        # What passes through the tile, then what it reads, and what it adds.
+        through = tl.exp(tl.sum(a, 0)) * tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 1)
+        left = tl.exp(_sums(_until(place), a, OPERAND))
+        part = _product(grad, tl.trans(state), OPERAND) * left * factor
+        by_query += part
+        by_decay = through[None, :] + _sums(tl.trans(_until(place)), query * part, OPERAND)
+        left = tl.exp(_sums(_after(place), a, OPERAND))
+        part = _product(value, tl.trans(grad_state), OPERAND) * left
+        by_key += part
+        by_decay += _sums(tl.trans(_after(place)), key * part, OPERAND)
+        by_value += _product(key * left, grad_state, OPERAND)
+        for level in range(LEVELS):
+            between, pairs = _halves(place, level)
+            left = tl.exp(_sums(between, a, OPERAND))
+            queries, keys = (query * left).to(OPERAND), (key * left).to(OPERAND)
+            scores = tl.where(pairs, _product(queries, tl.trans(keys), OPERAND), scores)
+            each = tl.where(pairs, by_score, 0.0).to(OPERAND)
+            part = _product(each, keys, OPERAND) * left
+            by_query += part
+            change = query * part
+            part = _product(tl.trans(each), queries, OPERAND) * left
+            by_key += part
+            by_decay += _sums(tl.trans(between), change + key * part, OPERAND)
+        _put(target + vectors, by_decay * slope, start, tokens, pitch_k, DK)
+    by_value += _product(tl.trans(scores), grad, OPERAND) * factor
+    _put(grad_q + vectors, by_query, start, tokens, pitch_k, DK)
+    _put(grad_k + vectors, by_key, start, tokens, pitch_k, DK)
+    _put(grad_v + image * tokens * (HEADS * DV) + head * DV, by_value, start, tokens, HEADS * DV, DV)
