@@ -1,0 +1,23 @@
+"""ViG-H-T at 224 on ImageNet-1K, from scratch.
+
+Command: torchrun --nproc-per-node 8 -m vizoo train imagenet/vig_h_tiny
+Hardware: 8 GPUs, 128 images each, as official.
+Time: not measured here; 300 epochs.
+Expected: 82.8 % top-1 on ImageNet-1K, as the authors report.
+Precision: bfloat16 where the official run has float16.
+Status: not run here.
+"""
+
+from mmengine.config import read_base
+
+from vizoo.train.hooks import EMA
+
+with read_base():
+    from .._runtime import *
+    from ._recipe_300e import *
+
+# Beside Swin's recipe: a higher rate that starts and ends as there, and a slow average of the weights.
+optim_wrapper["optimizer"].update(lr=8e-4)
+param_scheduler[0].update(start_ratio=5e-7 / 8e-4, min_ratio=5e-6 / 8e-4)
+custom_hooks = [dict(type=EMA, decay=0.9999)]
+model["backbone"].update(name="vig_h_tiny", drop_path_rate=0.2)
