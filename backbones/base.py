@@ -525,6 +525,7 @@ class Backbone(nn.Module):
         """Preprocessing and layer names under timm's keys, from the weights record the model was made for."""
         record = self.weights_record
         height, width = image_sides(self.config.img_size)
+        classifiers = self.classifier_names
         return {
             "url": record.url if record else "",
             "num_classes": self.num_classes,
@@ -538,7 +539,7 @@ class Backbone(nn.Module):
             "labels": record.labels if record else None,
             "fixed_input_size": False,
             "first_conv": self.stem_name,
-            "classifier": self.classifier_name,
+            "classifier": classifiers[0] if len(classifiers) == 1 else classifiers,
             "license": record.license if record else None,
         }
 
@@ -546,6 +547,11 @@ class Backbone(nn.Module):
     def pretrained_cfg(self) -> dict[str, Any]:
         """timm's newer name of `default_cfg`."""
         return self.default_cfg
+
+    @property
+    def classifier_names(self) -> tuple[str, ...]:
+        """Paths of the classifiers; the first is `classifier_name`."""
+        return (self.classifier_name,)
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer; an identity where the model has no classes."""
@@ -574,9 +580,10 @@ class Backbone(nn.Module):
             self.global_pool = global_pool
         self.num_classes = num_classes
         like = next(self.parameters())
-        parent, _, leaf = self.classifier_name.rpartition(".")
-        classifier = make_classifier(self.num_features, num_classes).to(like.device, like.dtype)
-        setattr(self.get_submodule(parent), leaf, classifier)
+        for name in self.classifier_names:
+            parent, _, leaf = name.rpartition(".")
+            classifier = make_classifier(self.num_features, num_classes).to(like.device, like.dtype)
+            setattr(self.get_submodule(parent), leaf, classifier.train(self.training))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in the backward pass: less memory, about a third more time."""

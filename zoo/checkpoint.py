@@ -202,7 +202,14 @@ def _adapt_bias_table(state: dict[str, Tensor], key: str, want: Tensor, report: 
 def _adapt_classifier(
     state: dict[str, Tensor], target: Mapping[str, Tensor], model: Backbone, labels: str, report: LoadReport
 ) -> None:
-    weight, bias = f"{model.classifier_name}.weight", f"{model.classifier_name}.bias"
+    for name in model.classifier_names:
+        _adapt_classes(name, state, target, labels, report)
+
+
+def _adapt_classes(
+    name: str, state: dict[str, Tensor], target: Mapping[str, Tensor], labels: str, report: LoadReport
+) -> None:
+    weight, bias = f"{name}.weight", f"{name}.bias"
     if not {weight, bias} <= state.keys() & target.keys() or state[weight].shape == target[weight].shape:
         return
     if state[weight].shape[1:] != target[weight].shape[1:]:
@@ -211,13 +218,13 @@ def _adapt_classifier(
     if labels == "imagenet-22k" and want == 1000:
         rows = subset_rows("imagenet-22k", "imagenet-1k")
         state[weight], state[bias] = select_classes(state[weight], rows), select_classes(state[bias], rows)
-        report.adapted[model.classifier_name] = "the 1000 ImageNet-1K rows of the ImageNet-22K classifier"
+        report.adapted[name] = "the 1000 ImageNet-1K rows of the ImageNet-22K classifier"
         return
     for key in (weight, bias):
         del state[key]
         state[key] = target[key]
         report.fresh.append(key)
-    report.adapted[model.classifier_name] = f"{have} to {want} classes: newly initialised"
+    report.adapted[name] = f"{have} to {want} classes: newly initialised"
 
 
 def _keep_fresh(state: dict[str, Tensor], target: Mapping[str, Tensor], model: Backbone, report: LoadReport) -> None:
