@@ -44,10 +44,12 @@ def families() -> dict[str, Family]:
         if module.name in _NOT_FAMILIES:
             continue
         file = importlib.import_module(f"vizoo.backbones.{module.name}")
-        published = getattr(file, "FAMILIES", (getattr(file, "FAMILY", None),))
-        if not all(isinstance(family, Family) for family in published):
-            raise RuntimeError(f"backbones/{module.name}.py must end in FAMILY = Family(...), or in FAMILIES, several")
-        found |= {family.name: family for family in published}
+        for family in getattr(file, "FAMILIES", (getattr(file, "FAMILY", None),)):
+            if not isinstance(family, Family):
+                raise RuntimeError(
+                    f"backbones/{module.name}.py must end in FAMILY = Family(...), or in FAMILIES, several of them"
+                )
+            found[family.name] = family
     return found
 
 
