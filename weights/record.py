@@ -32,7 +32,7 @@ class Weights:
         mean: Mean of each channel, of values in [0, 1].
         std: Standard deviation of each channel, of values in [0, 1].
         num_classes: Classes of the published head; 0 where there is none.
-        labels: Name of the label set, as known to `vizoo.labels`.
+        labels: Name of the label set, as known to `vizoo.labels`; empty where the order of the classes is unknown.
         metrics: What the authors report, by name (`top1`, `top5`, in percent; `box_ap`, `mask_ap`, `miou`).
         params: Parameters of the model with its published head; None where nobody counted.
         macs: Multiply-accumulate operations at `input_size`, as published; None where not published.

@@ -35,7 +35,7 @@ def test_records_are_complete(name: str) -> None:
         assert record.license, tag
         assert record.repository, tag
         if record.num_classes:
-            assert record.labels, tag
+            assert record.labels or "classes" in record.note, tag  # an order that nobody knows has no name
             assert record.input_size[1:] == found.variant.config.image_sides
         with torch.device("meta"):
             model = vizoo.create_model(f"{name}.{tag}")
