@@ -152,6 +152,10 @@ class WindowAttention(nn.Module):
         """How far a shifted block moves its windows on a map of this size."""
         return self.window // 2 if self.always_shift else shift_of(self.window, height, width)
 
+    def padding(self) -> Tensor:
+        """Query, key and value of a padded position, (3, heads, d): the map is padded with zeros behind the norm."""
+        return self.qkv.bias.view(3, self.heads, -1)
+
     def forward(self, x: Tensor, shifted: bool) -> Tensor:
         """(B, H, W, C) to the same shape; `shifted` moves the windows by half a window, where `shift_of` allows it."""
         batch, height, width, channels = x.shape
@@ -161,7 +165,7 @@ class WindowAttention(nn.Module):
             self.bias(),
             window=self.window,
             shift=self.shift(height, width) if shifted else 0,
-            padding=self.qkv.bias.view(3, self.heads, -1),
+            padding=self.padding(),
         )
         return self.proj(out.flatten(3))
 
