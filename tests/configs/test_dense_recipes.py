@@ -29,14 +29,18 @@ OPTIMIZERS = {
     "coco/faster_rcnn_1x": (1e-4, 0.05, NORMS, 0.1),
     "coco/mask_rcnn_1x": (1e-4, 0.05, NORMS, 0.1),
     "coco/mask_rcnn_3x": (1e-4, 0.05, NORMS, 0.2),
+    "coco/mask_rcnn_light_1x": (1e-4, 1e-4, (), None),
     "coco/cascade_mask_rcnn_1x": (1e-4, 0.05, NORMS, 0.0),
     "coco/cascade_mask_rcnn_3x": (1e-4, 0.05, NORMS, 0.2),
     "coco/retinanet_1x": (0.01, 1e-4, (), 0.2),
+    "coco/retinanet_light_1x": (1e-4, 1e-4, (), None),
     "ade20k/upernet_160k": (6e-5, 0.01, NORMS, 0.3),
     "ade20k/semantic_fpn_80k": (1e-4, 1e-4, (), 0.2),
+    "ade20k/semantic_fpn_40k": (1e-4, 1e-4, (), None),
     "ade20k/mlp_160k": (6e-5, 0.01, NORMS, None),
     "cityscapes/upernet_80k": (6e-5, 0.01, NORMS, 0.3),
 }
+LIGHT = ("coco/mask_rcnn_light_1x", "coco/retinanet_light_1x", "ade20k/semantic_fpn_40k")  # 32 images, twice the rate
 # Share of the rate by the number of updates done.
 E = UPDATES_PER_EPOCH
 ONE_X = {0: 1e-3, 250: 0.5005, 500: 1, 8 * E - 1: 1, 8 * E: 0.1, 11 * E - 1: 0.1, 11 * E: 0.01, 12 * E - 1: 0.01}
@@ -47,6 +51,7 @@ SHARES = {
     "3x": THREE_X,
     "160k": POLY,
     "semantic_fpn_80k": {0: 1, 40_000: 0.01 + 0.99 * 0.5**0.9, 80_000: 0.01},
+    "semantic_fpn_40k": {0: 1, 20_000: 0.5**0.9, 40_000: 0},
     "upernet_80k": {0: 1e-6, 1500: 1 - 1500 / 80_000, 40_000: 0.5},
 }
 
@@ -80,7 +85,8 @@ def test_optimizer_is_the_published_one(name: str) -> None:
     assert config.optim_wrapper.optimizer.lr == rate
     assert config.optim_wrapper.optimizer.weight_decay == decay
     assert config.optim_wrapper.clip_grad is None
-    assert config.train_dataloader.batch_size * 8 == config.auto_scale_lr.base_batch_size == 16
+    assert config.auto_scale_lr.base_batch_size == 16
+    assert config.train_dataloader.batch_size * 8 == (32 if name in LIGHT else 16)
     assert config.model.backbone.get("drop_path_rate") == drop_path
     assert config.model.backbone.pretrained
     assert tuple(config.optim_wrapper.paramwise_cfg.not_decayed) == spared
@@ -89,9 +95,10 @@ def test_optimizer_is_the_published_one(name: str) -> None:
     groups = parameter_groups(model, lr=rate, weight_decay=decay, **config.optim_wrapper.paramwise_cfg)
     kinds = {group["weight_decay"]: group["param_names"] for group in groups}
     optimizer = OPTIMIZERS_REGISTRY.build({**config.optim_wrapper.optimizer, "params": groups})
-    assert type(optimizer).__name__ == ("SGD" if "retinanet" in name else "AdamW")
+    is_sgd = name == "coco/retinanet_1x"
+    assert type(optimizer).__name__ == ("SGD" if is_sgd else "AdamW")
     first = optimizer.param_groups[0]
-    assert first.get("betas", first.get("momentum")) == (0.9 if "retinanet" in name else (0.9, 0.999))
+    assert first.get("betas", first.get("momentum")) == (0.9 if is_sgd else (0.9, 0.999))
     assert set(kinds) == ({0.0, decay} if spared else {decay})
     assert all(name.startswith("backbone.") and re.search("norm|table", name) for name in kinds.get(0.0, ()))
     assert sum(len(names) for names in kinds.values()) == len(list(model.parameters()))
@@ -104,7 +111,7 @@ def test_schedule_is_the_published_one(name: str) -> None:
     found = schedule(config)
     assert {step: found.factor(step, **found.shape) for step in shares} == pytest.approx(shares, rel=1e-9)
     length = config.train_cfg.get("max_epochs") or config.train_cfg.max_iters
-    assert length == {"1x": 12, "3x": 36, "160k": 160_000, "80k": 80_000}[name.rpartition("_")[2]]
+    assert length == {"1x": 12, "3x": 36, "160k": 160_000, "80k": 80_000, "40k": 40_000}[name.rpartition("_")[2]]
 
 
 @pytest.mark.parametrize("name", DETECTORS)
@@ -126,7 +133,7 @@ def test_detectors_train_and_predict(name: str) -> None:
     assert config.default_hooks.checkpoint.best == "box_AP"
     train, test = (build_transform(p.dataset.transform) for p in (config.train_dataloader, config.val_dataloader))
     assert (train.hflip, train.long, test.hflip, test.long, test.short) == (0.5, 1333, 0.0, 1333, (800,))
-    if "retinanet" in name:
+    if "retinanet" in name or name in LIGHT:
         assert (type(train).__name__, train.short) == ("ResizeTransform", (800,))
     else:
         assert (train.short[0], train.short[-1], len(train.short)) == (480, 800, 11)
