@@ -336,7 +336,7 @@ VARIANTS = {
                 None,
                 classes=21841,
                 labels="",
-                note="the order of the classes is the authors' own and is not published",
+                note="the order of the classes is the authors' own; their repository maps it to ImageNet-1K's only",
             ),
         },
     ),

@@ -11,7 +11,8 @@ BiFormer's 49.8 (S), 51.0 (B); PlainMamba's 44.1 (L1), 46.8 (L2), 49.1 (L3) with
 `--set model.auxiliary_head.in_index=3`; VSSD's 45.6 (Micro), 47.9 (T).
 Drop path: as published, 0.3 for every Swin and DiNAT_s, 0.2 to 0.5 for NAT and DiNAT by size, 0.3 for
 BiFormer-S, 0.4 for BiFormer-B, 0.1 to 0.3 for PlainMamba by size, 0.2 for VSSD-T, 0.4
-for VSSD-S; DaViT's is not.
+for VSSD-S, 0.3 for L2ViT (which decays norms as well: `--set optim_wrapper.paramwise_cfg.not_decayed=()`); DaViT's is
+not.
 Precision: float32, as official; `--set optim_wrapper.dtype=bfloat16` is faster.
 Status: not run here.
 """
@@ -34,3 +35,4 @@ drop_path.update(dinat_mini=0.2, dinat_tiny=0.3, dinat_small=0.5, dinat_base=0.5
 drop_path.update(biformer_small=0.3, biformer_base=0.4)
 drop_path.update(plainmamba_l1=0.1, plainmamba_l2=0.2, plainmamba_l3=0.3)
 drop_path.update(vssd_tiny=0.2, vssd_small=0.4)
+drop_path.update(l2vit_tiny=0.3, l2vit_small=0.3, l2vit_base=0.3)
