@@ -67,7 +67,8 @@ def test_every_official_key_is_used_once_or_ignored(parity: ModuleType, fixture_
         key: torch.zeros(shape, dtype=getattr(torch, dtype, torch.float32))
         for key, shape, dtype in fixture["state_dict"]
     }
-    filled = set(parity.fill_state_dict(fixture))
+    # Masks are constants, of which the lists say float32 alone.
+    filled = {key for key in parity.fill_state_dict(fixture) if not key.endswith("attn_mask")}
     model, report = build(fixture, state)
     assert report.layout == "official"
     counters = (set(state) - filled) & set(model.state_dict())  # which a model goes on counting
