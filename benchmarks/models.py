@@ -68,9 +68,12 @@ TORCHVISION = {
     "swinv2_small_patch4_window8_256": "swin_v2_s",
     "swinv2_base_patch4_window8_256": "swin_v2_b",
 }
-# What one would take instead of designs that no other library has.
-SWIN = "swin_tiny_patch4_window7_224"
-INSTEAD = dict.fromkeys(("nat_tiny", "dinat_tiny", "dinat_s_tiny", "biformer_tiny", "biformer_stl"), SWIN)
+INSTEAD = {
+    "timm swin_tiny": "swin_tiny_patch4_window7_224",
+    "timm deit_tiny": "deit_tiny_patch16_224",
+    "timm deit_small": "deit_small_patch16_224",
+}
+"""What one would take instead of designs that no other library has."""
 DEFAULT_MODELS = ("swin_tiny_patch4_window7_224", "swinv2_tiny_patch4_window8_256")
 
 
@@ -106,8 +109,8 @@ def contestants(
         builders["timm"] = lambda: from_timm(TIMM[name], img_size, pyramid)
     if name in TORCHVISION and not pyramid:
         builders["torchvision"] = lambda: from_torchvision(TORCHVISION[name])
-    if name in INSTEAD:
-        builders["timm swin_tiny"] = lambda: from_timm(INSTEAD[name], img_size, pyramid)
+    for peer, design in INSTEAD.items():
+        builders[peer] = lambda design=design: from_timm(design, img_size, pyramid)  # type: ignore[misc]
     builders["plain torch"] = builders["vizoo"]  # this library without its kernels
     chosen = [library for library in builders if library == "vizoo" or library in libraries]
     return [
@@ -120,7 +123,7 @@ def contestants(
 def from_timm(name: str, img_size: tuple[int, int], pyramid: bool) -> nn.Module:
     import timm
 
-    size = {"img_size": img_size} if name.startswith("swin") else {}  # timm's other families take any
+    size = {"img_size": img_size} if name.startswith(("swin", "deit")) else {}  # timm's other families take any
     return timm.create_model(name, features_only=pyramid, **size)
 
 
@@ -281,7 +284,7 @@ def sides(text: str) -> tuple[int, int]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(DEFAULT_MODELS), help="names of the zoo")
-    peers = ["timm", "torchvision", "timm swin_tiny", "plain torch"]
+    peers = ["timm", "torchvision", *INSTEAD, "plain torch"]
     parser.add_argument("--peers", nargs="*", default=peers[:2], choices=peers)
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
     executions = get_args(Execution)
