@@ -130,8 +130,7 @@ class Block(nn.Module):
 
     def fuse_(self) -> None:
         """Fold each norm into the layers that read it."""
-        names = getattr(self.attn, "reads", ("qkv",))
-        fold_norm(self, "norm1", [self.attn.get_submodule(name) for name in names])
+        fold_norm(self, "norm1", [self.attn.get_submodule(name) for name in getattr(self.attn, "reads", ("qkv",))])
         fold_norm(self, "norm2", [self.mlp.fc1])
 
 
@@ -539,11 +538,7 @@ class ReducedAttention(nn.Module):
 
     def reduce(self, x: Tensor) -> Tensor:
         """Map to its normalised patches, as a map."""
-        if not hasattr(self, "sr"):
-            return x
-        size = self.sr.stride[0]
-        whole = crop(x, x.shape[1] // size * size, x.shape[2] // size * size)
-        return self.norm(convolve_patches(self.sr, whole))
+        return self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)) if hasattr(self, "sr") else x
 
     def fuse_(self) -> None:
         """Fold the norm of the patches into what reads it."""
@@ -756,27 +751,33 @@ class StripeAttention(nn.Module):
 
     def forward(self, qkv: Tensor, x: Tensor) -> Tensor:
         """(B, H, W, 3, C) to (B, H, W, C)."""
-        del x
-        heads = qkv.unflatten(-1, (self.heads, -1))
+        heads, v = qkv.unflatten(-1, (self.heads, -1)), qkv[:, :, :, 2]
         if self.rows is None and self.columns is None:
-            out = attend(heads.flatten(1, 2)).view(*qkv.shape[:3], -1)
-        else:
-            window = (self.rows or qkv.shape[1], self.columns or qkv.shape[2])
-            out = window_attention(heads, window=window).flatten(3)
-        return out + self.encode(qkv[:, :, :, 2])
+            return attend(heads.flatten(1, 2)).view(x.shape) + convolve(self.get_v, v)
+        window = (self.rows or x.shape[1], self.columns or x.shape[2])
+        return window_attention(heads, window=window).flatten(3) + self._convolve_stripes(v)
 
-    def encode(self, v: Tensor) -> Tensor:
-        """The convolution of the values, (B, H, W, C) to the same shape."""
-        batch, height, width, channels = v.shape
-        rows, columns = self.rows or height, self.columns or width
-        down, across = (height + rows - 1) // rows, (width + columns - 1) // columns
-        if self.rows is None and self.columns is None:
-            return convolve(self.get_v, v)
-        v = zero_pad(v, 0, 0, 0, across * columns - width, 0, down * rows - height)
-        stripes = v.reshape(batch, down, rows, across, columns, channels).transpose(2, 3)
-        out = convolve(self.get_v, stripes.reshape(-1, rows, columns, channels))
-        out = out.view(batch, down, across, rows, columns, channels).transpose(2, 3)
-        return crop(out.reshape(batch, down * rows, across * columns, channels), height, width)
+    def _convolve_stripes(self, v: Tensor) -> Tensor:
+        """(B, H, W, C) to the same shape: zeros between stripes keep them apart."""
+        cut = [(axis, width) for axis, width in ((1, self.rows), (2, self.columns)) if width is not None]
+        sides = v.shape
+        for axis, width in cut:
+            v = _insert_zeros(v, axis, width)
+        out = convolve(self.get_v, v)
+        for axis, width in cut:
+            place = torch.arange(sides[axis], device=v.device)
+            out = out.index_select(axis, place + place // width)
+        return out
+
+
+def _insert_zeros(x: Tensor, axis: int, width: int) -> Tensor:
+    """A row or column of zeros behind every `width` ones: traces would fix the length of an axis of stripes."""
+    side = x.shape[axis]
+    place = torch.arange(side + side // width, device=x.device)
+    behind = place // (width + 1)
+    y = x.index_select(axis, (place - behind).clamp(max=side - 1))
+    kept = (place - behind * (width + 1) < width).to(x.dtype)
+    return y * kept.view([-1 if each == axis else 1 for each in range(x.ndim)])
 
 
 def stripe_branches(config: CswinConfig, stage: int) -> list[nn.Module]:

@@ -110,6 +110,8 @@ class MapAttention(InlineAttention):
 class PvtAttention(MapAttention):
     """The same with PVT's projections: one for queries, one for keys and values."""
 
+    reads = ("q", "kv")
+
     def make_projection(self, channels: int) -> None:
         """Create what `project` applies."""
         self.q = nn.Linear(channels, channels)
@@ -375,7 +377,7 @@ FAMILIES = (
             "img_size": 64,
             "embed_dim": 16,
             "depths": (1, 1, 1, 1),
-            "num_heads": (1, 2, 2, 4),
+            "num_heads": (1, 2, 4, 4),
             "split_size": 3,
             "inline_blocks": (1, 1, 0, 0),
         },
