@@ -21,6 +21,7 @@ from vizoo.ops.channel_attention import function as channel
 from vizoo.ops.depthwise_conv import function as depthwise
 from vizoo.ops.gelu_linear import function as gelu
 from vizoo.ops.layer_norm import function as norm
+from vizoo.ops.linear_attention import function as linear
 from vizoo.ops.neighborhood_attention import function as neighborhood
 from vizoo.ops.routing_attention import function as routing
 from vizoo.ops.routing_attention import region_affinity
@@ -109,6 +110,15 @@ def dual_form(causal: bool, tokens: int, packed: bool) -> tuple[Callable[..., Te
     return run, leaves((2, tokens, 2, 16), (2, tokens, 2), (2,), (2, tokens, 1, 16), (2, tokens, 1, 16))
 
 
+def attended(rule: int, tokens: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Linear attention of 2 heads with 16 channels by a rule, with all that can be added."""
+
+    def run(qkv: Tensor, temperature: Tensor, position: Tensor, local: Tensor) -> Tensor:
+        return linear._forward(*qkv.unbind(2), temperature, position, local, 3, 7, rule, 0.2, False)[0]
+
+    return run, leaves((2, tokens, 3, 2, 16), (2,), (tokens, 2, 16), (2, 2, 16, 3, 3))
+
+
 def scan_sizes(states: int) -> list[tuple[int, ...]]:
     sequence, map_size = (2, 6, 50), (2, 2, states, 50)
     return [sequence, sequence, (6, states), map_size, map_size, (6,), sequence, (2, 6, states)]
@@ -163,6 +173,9 @@ def main() -> None:
         "state_space_dual": dual_form(False, 1000, True),
         "state_space_dual, causal": dual_form(True, 64, True),
         "state_space_dual, causal, chunks": dual_form(True, 1000, False),
+        "linear_attention": attended(linear.MEAN, 50),
+        "linear_attention, flows": attended(linear.FLOW, 50),
+        "linear_attention, flows, chunks": attended(linear.FLOW, 1000),
         "layer_norm": (lambda x, w, b: norm._forward(x, w, b, 1e-5, torch.float16), leaves((2, n, 24), (24,), (24,))),
     }  # fmt: skip
     print(
