@@ -93,8 +93,9 @@ class InlineAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, L, C) to the same shape; the last rows * columns tokens are a map of this grid."""
+        q, k, v = self.project(x)
         filters = self.residual(x.mean(1))
-        out = linear_attention(*self.project(x), MeanSubtraction(), local_kernels=filters, grid=grid)
+        out = linear_attention(q, k, v, MeanSubtraction(), local_kernels=filters, grid=grid)
         return self.proj(out.flatten(2))
 
 
