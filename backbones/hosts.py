@@ -47,7 +47,7 @@ from .base import (
     make_classifier,
 )
 from .fusing import Layer, fold_before, fold_neighbours, is_affine, is_layer, scale_and_shift
-from .layers import DropPath, LayerNorm, Mlp, convolve, crop, pad_to_multiple, round_up, zero_pad
+from .layers import DropPath, LayerNorm, Mlp, convolve, pad_to_multiple, round_up, zero_pad
 from .swin import SwinConfig, SwinStage, WindowAttention, cut_patches, gather_cells
 
 MakeMixer = Callable[[int, int], nn.Module]
@@ -531,14 +531,14 @@ class ReducedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
         q = self.q(x).flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        kv = self.kv(self.reduce(x)).flatten(1, 2).unflatten(-1, (2, self.heads, -1))
+        kv = self.kv(self.reduce(x)).unflatten(-1, (2, self.heads, -1))
         k, v = kv.permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).reshape(x.shape))
 
     def reduce(self, x: Tensor) -> Tensor:
-        """Map to its normalised patches, as a map."""
-        return self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)) if hasattr(self, "sr") else x
+        """Map to the tokens that are keys: positions, or normalised patches, (B, N, C)."""
+        return self.norm(self.sr(x.permute(0, 3, 1, 2)).flatten(2).mT) if hasattr(self, "sr") else x.flatten(1, 2)
 
     def fuse_(self) -> None:
         """Fold the norm of the patches into what reads it."""

@@ -28,7 +28,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ from .hosts import (
     square_grid,
     stripe_branches,
 )
-from .layers import convolve, crop, is_plain, round_up, zero_pad
+from .layers import convolve, is_plain
 from .progressive_norm import ProgressiveNorm, RepBN, check_steps
 from .swin import SwinConfig, shift_of
 
@@ -286,6 +286,36 @@ class LinearBranch(LinearMixer):
 # that is folded into the projection changes that bias, so the one that padded positions have is kept.
 
 
+class WindowPlaces(NamedTuple):
+    """Where the positions of the windows of a map come from, (windows * side^2,), and where its pixels go, (H * W,).
+
+    A position whose source is not `inside` the map is padded.
+    """
+
+    source: Tensor
+    inside: Tensor
+    target: Tensor
+
+
+def window_places(height: int, width: int, side: int, shift: int, device: torch.device) -> WindowPlaces:
+    """Places of the windows of a map that is padded at the bottom and right, then rolled by minus `shift`.
+
+    Index arithmetic, so that it also traces with a symbolic height, width and shift; then with a window to spare.
+    """
+    down, across = (height + side - 1) // side, (width + side - 1) // side
+    count = down * across
+    spare = not (known(count == 1) or known(count > 1))  # whether it is 1 would be a guard
+    window = torch.arange(count + spare, device=device).clamp(max=count - 1)[:, None]
+    place = torch.arange(side * side, device=device)
+    y = (window // across * side + place // side + shift) % (down * side)
+    x = (window % across * side + place % side + shift) % (across * side)
+    source = y.clamp(max=height - 1) * width + x.clamp(max=width - 1)
+    row = (torch.arange(height, device=device) - shift)[:, None] % (down * side)
+    column = (torch.arange(width, device=device) - shift) % (across * side)
+    target = (row // side * across + column // side) * side**2 + row % side * side + column % side
+    return WindowPlaces(source.flatten(), ((y < height) & (x < width)).flatten(), target.flatten())
+
+
 class LinearWindowAttention(LinearMixer):
     """Linear attention inside the windows of a map, in Swin's frame."""
 
@@ -300,16 +330,15 @@ class LinearWindowAttention(LinearMixer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
-        height, width = x.shape[1:3]
-        rows, columns = round_up(height, self.window), round_up(width, self.window)
-        if same_grid((rows, columns), (self.window, self.window)) and same_grid((rows, columns), (height, width)):
-            return self.proj(self.mix(*project(self.qkv, x, *3 * (x.shape[-1],))))
-        shift = self.shift(height, width)
-        padded = roll(self.padded_projection(x, rows, columns), -shift)
-        windows = padded.unflatten(1, (-1, self.window)).unflatten(3, (-1, self.window)).transpose(2, 3)
-        out = self.mix(*windows.flatten(0, 2).chunk(3, -1))
-        out = out.unflatten(0, windows.shape[:3]).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return self.proj(crop(roll(out, shift), height, width))
+        height, width, channels = x.shape[1:]
+        side = self.window
+        if same_grid((height, width), (side, side)):
+            return self.proj(self.mix(*project(self.qkv, x, *3 * (channels,))))
+        places = window_places(height, width, side, self.shift(height, width), x.device)
+        tokens = self.qkv(x).flatten(1, 2).index_select(1, places.source)
+        tokens = torch.where(places.inside[:, None], tokens, self.padding().to(tokens.dtype))
+        out = self.mix(*tokens.view(-1, side, side, 3 * channels).chunk(3, -1))
+        return self.proj(out.view(x.shape[0], -1, channels).index_select(1, places.target).view(x.shape))
 
     def shift(self, height: int, width: int) -> int:
         """How far windows are moved on a map of this size."""
@@ -317,25 +346,14 @@ class LinearWindowAttention(LinearMixer):
             return 0
         return self.window // 2 if self.always_shift else shift_of(self.window, height, width)
 
-    def padded_projection(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        """Queries, keys and values side by side, (B, rows, columns, 3C)."""
-        y, (height, width) = self.qkv(x), x.shape[1:3]
-        padding = self.qkv.bias if self.padding_bias is None else self.padding_bias
-        padded = zero_pad(y, 0, 0, 0, columns - width, 0, rows - height)
-        inside = (torch.arange(rows, device=x.device) < height)[:, None] & (
-            torch.arange(columns, device=x.device) < width
-        )
-        return torch.where(inside[..., None], padded, padding.to(y.dtype))
+    def padding(self) -> Tensor:
+        """Query, key and value of a padded position, (3C,)."""
+        return self.qkv.bias if self.padding_bias is None else self.padding_bias
 
     def fuse_(self) -> None:
         """Keep what padded positions are made of."""
         if self.padding_bias is None:
             self.padding_bias = self.qkv.bias.detach().clone()
-
-
-def roll(x: Tensor, shift: int) -> Tensor:
-    """A map (B, H, W, C) moved down and right, what leaves it coming in on the other side."""
-    return x if known(shift == 0) else torch.roll(x, (shift, shift), (1, 2))
 
 
 class SoftmaxWindowAttention(ShiftedWindowAttention):
@@ -615,7 +633,13 @@ FAMILIES = (
         SlabPvt,
         SlabPvtConfig,
         PVT_VARIANTS,
-        {**_HEADS, "embed_dims": (16, 16, 32, 32), "mlp_ratios": (2, 2, 2, 2), "linear_stages": 2},
+        {
+            **_HEADS,
+            "embed_dims": (16, 16, 32, 32),
+            "mlp_ratios": (2, 2, 2, 2),
+            "linear_stages": 2,
+            "reductions": (1,) * 4,
+        },
     ),
     _family(
         "slab_swin",
@@ -625,5 +649,11 @@ FAMILIES = (
         {**_HEADS, "embed_dim": 16, "depths": (2, 1, 2, 1), "window_size": 4, "linear_window": 8},
     ),
     # Linear branches have a parameter that is not trained.
-    _family("slab_cswin", SlabCswin, SlabCswinConfig, CSWIN_VARIANTS, {**_HEADS, "embed_dim": 16, "linear_stages": 0}),
+    _family(
+        "slab_cswin",
+        SlabCswin,
+        SlabCswinConfig,
+        CSWIN_VARIANTS,
+        {"num_heads": (2, 2, 2, 4), "embed_dim": 16, "linear_stages": 0},
+    ),
 )
