@@ -502,9 +502,10 @@ class PvtHost(Backbone):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """One layer per block, numbered through all stages; an embedding goes with the block behind it."""
         stem, embed = r"^(?:patch|pos)_embed1(?:\.|$)", r"^(?:patch|pos)_embed(\d+)"
-        if coarse:
-            return {"stem": stem, "blocks": [(embed, None), (r"^block(\d+)", None)]}
-        return {"stem": stem, "blocks": [(embed, (0,)), (r"^block(\d+)\.(\d+)", None)]}
+        if not coarse:
+            return {"stem": stem, "blocks": [(embed, (0,)), (r"^block(\d+)\.(\d+)", None)]}
+        stages = range(len(self.stages))  # their names count from 1
+        return {"stem": stem, "blocks": [(rf"^(?:(?:patch|pos)_embed|block){i + 1}(?:\.|$)", (i,)) for i in stages]}
 
 
 class ReducedAttention(nn.Module):
@@ -890,9 +891,11 @@ class CswinHost(Backbone):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """One layer per block, numbered through all stages; a merging goes with the last block before it."""
-        blocks: list[tuple[str, Any]] = [(r"^stage(\d+)\.", None)] if coarse else [(r"^stage(\d+)\.(\d+)\.", None)]
-        for i, depth in enumerate(self.config.depths, 1):
-            blocks.append((rf"^merge{i}\.", (i,) if coarse else (i, depth - 1)))
+        if coarse:  # names count from 1
+            blocks: list[Any] = [(rf"^(?:stage|merge){i + 1}\.", (i,)) for i in range(len(self.stages))]
+        else:
+            merges = [(rf"^merge{i}\.", (i, depth - 1)) for i, depth in enumerate(self.config.depths, 1)]
+            blocks = [*merges, (r"^stage(\d+)\.(\d+)\.", None)]
         return {"stem": r"^stage1_conv_embed", "blocks": blocks}
 
 

@@ -6,7 +6,7 @@ Time: not measured here; 20 epochs.
 Expected: nothing is published; the authors have this configuration, but no weights of it.
 Status: not run here.
 
-Warm-up, decay and clip: as in the fine-tuning of Swin.
+Warm-up, weight decay and clip as in the fine-tuning of Swin.
 """
 
 from mmengine.config import read_base

@@ -6,7 +6,7 @@ Time: not measured here; 30 epochs.
 Expected: nothing is published; the authors have this configuration, but no weights of it.
 Status: not run here.
 
-Drop path and what the fine-tuning of Swin has else: not in the authors' notes; as from scratch, and as Swin's.
+Drop path as from scratch; warm-up and clip as in the fine-tuning of Swin.
 """
 
 from mmengine.config import read_base
