@@ -197,9 +197,9 @@ class LinearMixer(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The attention alone, (B, H, W, C)."""
-        tokens = (each.flatten(1, 2).unflatten(-1, (self.heads, -1)) for each in (q, k, v))
+        queries, keys, values = (each.flatten(1, 2).unflatten(-1, (self.heads, -1)) for each in (q, k, v))
         positions = self.positions(*v.shape[1:3])[0].unflatten(-1, (self.heads, -1))
-        return linear_attention(*tokens, KernelSum(), key_position=positions).view(v.shape)
+        return linear_attention(queries, keys, values, KernelSum(), key_position=positions).view(v.shape)
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """P for a map of this size, (1, rows * columns, C)."""
@@ -587,8 +587,8 @@ DEIT_VARIANTS = {
 }
 PVT_VARIANTS = {
     "slab_pvt_tiny": _variant(SlabPvtConfig(linear_stages=4), "slab_pvt_tiny", 76.5),
-    "slab_pvt_small": Variant(config=SlabPvtConfig(**_PVT_SMALL, linear_stages=4), params=21.8),
-    "slab_pvt_medium": Variant(config=SlabPvtConfig(**_PVT_MEDIUM, linear_stages=4), params=37.8),
+    "slab_pvt_small": Variant(config=SlabPvtConfig(**_PVT_SMALL, linear_stages=4), params=21.7),
+    "slab_pvt_medium": Variant(config=SlabPvtConfig(**_PVT_MEDIUM, linear_stages=4), params=37.3),
     "pvt_tiny_prepbn": _variant(SlabPvtConfig(), "pvt_tiny_prepbn", 76.0),
     "pvt_small_prepbn": _variant(SlabPvtConfig(**_PVT_SMALL), "pvt_small_prepbn", 80.1),
     "pvt_medium_prepbn": _variant(SlabPvtConfig(**_PVT_MEDIUM), "pvt_medium_prepbn", 81.7),
@@ -597,14 +597,14 @@ SWIN_VARIANTS = {
     "slab_swin_tiny": _variant(SlabSwinConfig(**_LINEAR_SWIN, drop_path_rate=0.2), "slab_swin_tiny", 81.8),
     "slab_swin_small": _variant(SlabSwinConfig(**_SWIN_DEEP, drop_path_rate=0.3), "slab_swin_small", 83.6),
     "slab_swin_base": Variant(
-        config=SlabSwinConfig(**_SWIN_DEEP, embed_dim=128, num_heads=(4, 8, 16, 32), drop_path_rate=0.5), params=89.3
+        config=SlabSwinConfig(**_SWIN_DEEP, embed_dim=128, num_heads=(4, 8, 16, 32), drop_path_rate=0.5), params=89.0
     ),
     "swin_tiny_prepbn": _variant(SlabSwinConfig(norm_steps=None, drop_path_rate=0.1), "swin_tiny_prepbn", 81.4),
 }
 CSWIN_VARIANTS = {
     "slab_cswin_tiny": _variant(SlabCswinConfig(**_LINEAR_CSWIN, drop_path_rate=0.1), "slab_cswin_tiny", 82.8),
     "slab_cswin_small": Variant(
-        config=SlabCswinConfig(**_LINEAR_CSWIN, depths=(2, 4, 32, 2), drop_path_rate=0.3), params=33.0
+        config=SlabCswinConfig(**_LINEAR_CSWIN, depths=(2, 4, 32, 2), drop_path_rate=0.3), params=35.5
     ),
 }
 
@@ -654,6 +654,6 @@ FAMILIES = (
         SlabCswin,
         SlabCswinConfig,
         CSWIN_VARIANTS,
-        {"num_heads": (2, 2, 2, 4), "embed_dim": 16, "linear_stages": 0},
+        {"num_heads": (4, 4, 4, 4), "embed_dim": 16, "linear_stages": 0},
     ),
 )
