@@ -5,11 +5,13 @@ channels of keys and DV of values; a state is DK x DV, of each of DIRECTIONS dir
 and keeps the state that each of them finds, or (GRADIENT) the gradient of that which it leaves; `scan` joins chunks
 that were walked from nothing; `outputs` and `gradients` take tiles, all at once, both directions of one together.
 
-Where tokens are compared, their place counts, which runs against the rows of a tile on the way back. Tokens of a tile
-see each other through halves: at level l, in blocks of 2^(l+1) tokens, each one of the right half sees those of the
-left half; what lies between two tokens splits at the middle of the block that has them in different halves. Sums of log
-decays are made by products with zeros and ones, each of just those it is the sum of: none is the difference of two,
-and all exponents are negative.
+Where tokens are compared, their place counts, which runs against the rows of a tile on the way back. Log decays are
+those of base 2. Their sums are products with zeros and ones, each of just those that it is the sum of.
+
+Tokens of a tile see each other in one step if little fades within it: queries are taken back to its start, where keys
+are brought, too, by exponents of the other sign. Otherwise they do so through halves: at level l, in blocks of 2^(l+1)
+tokens, each one of the right half sees those of the left half; what lies between two tokens splits at the middle of the
+block that has them in different halves, and no exponent is positive, so that no decay is too strong.
 """
 
 from __future__ import annotations
@@ -17,8 +19,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NOTHING: tl.constexpr = tl.constexpr(-128.0)
-"""exp of it is zero in float32."""
+NOTHING: tl.constexpr = tl.constexpr(-160.0)
+"""2 to its power is zero in float32."""
+
+LITTLE: tl.constexpr = tl.constexpr(-64.0)
+"""What may fade within a tile for one step; 2 to either power of it leaves room for what it multiplies."""
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -62,18 +69,16 @@ def _put_state(pointer, value, index, DK: tl.constexpr, DV: tl.constexpr):
 
 
 @triton.jit
-def _log_sigmoid(x):
-    """log(1 / (1 + exp(-x))), and its slope. log(1 + e) as 2 atanh(e / (2 + e)) keeps what 1 + e would round away."""
-    e = tl.exp(-tl.abs(x))
-    t = e / (2.0 + e)
-    q = t * t
-    series = q * (1.0 / 13) + 1.0 / 11
-    series = series * q + 1.0 / 9
-    series = series * q + 1.0 / 7
-    series = series * q + 1.0 / 5
-    series = series * q + 1.0 / 3
-    series = series * q + 1.0
-    return tl.minimum(x, 0.0) - 2.0 * t * series, tl.where(x > 0, e, 1.0) / (1.0 + e)
+def _log2_beyond_one(e):
+    """log2(1 + e) for e from 0 to 1 to 2e-7: enough in exponents, where errors count as they are."""
+    series = -0.00930901217 * e + 0.0520584031
+    series = series * e - 0.137520394
+    series = series * e + 0.241863985
+    series = series * e - 0.347300725
+    series = series * e + 0.478683611
+    series = series * e - 0.721165796
+    series = series * e + 1.44268988
+    return series * e
 
 
 @triton.jit
@@ -88,15 +93,19 @@ def _log_decay(
     ROWS: tl.constexpr,
     NORMALIZED: tl.constexpr,
 ):
-    """Log decays of a tile, zero beyond the last token, and their slope. Bounded, so that no sum is infinite."""
+    """Log decays of a tile to base 2, zero beyond the last token, and the slope of natural ones.
+
+    They are bounded, so that no sum is infinite.
+    """
     value = _tile(decay, start, tokens, pitch, DK, BLOCK_K, ROWS).to(tl.float32)
-    slope = 1.0
+    slope, result = 1.0, value * LOG2_E
     if NORMALIZED:
-        value, slope = _log_sigmoid(value)
         factor = tl.cast(inverse, tl.float32)
-        value, slope = value * factor, slope * factor
-        value = tl.where((start + tl.arange(0, ROWS) < tokens)[:, None], value, 0.0)
-    return tl.maximum(value, NOTHING), slope
+        e = tl.exp2(-tl.abs(result))
+        slope = factor * tl.where(value > 0, e, 1.0) / (1.0 + e)
+        result = factor * (tl.minimum(result, 0.0) - _log2_beyond_one(e))
+        result = tl.where((start + tl.arange(0, ROWS) < tokens)[:, None], result, 0.0)
+    return tl.maximum(result, NOTHING), slope
 
 
 @triton.jit
@@ -119,17 +128,26 @@ def _after(place):
 
 
 @triton.jit
-def _halves(place, level):
-    """Whose decays lie between each token and the middle of its block, and which pairs of tokens a level joins."""
+def _steps(a, LEVELS: tl.constexpr):
+    """Whether (1 or 0) little fades in a tile, and in how many steps its tokens see each other."""
+    little = (tl.min(tl.sum(a, 0), 0) >= LITTLE).to(tl.int32)
+    return little, LEVELS - little * (LEVELS - 1)
+
+
+@triton.jit
+def _step(place, level, little):
+    """Whose decays lie between each token and the middle of its block, or where little fades the start of the tile; and
+    which pairs of tokens a step joins."""
     own, other = place[:, None], place[None, :]
-    apart = (own ^ other) >> level
-    between = (apart == 0) & ((own >= other) == (((own >> level) & 1) == 1))
-    return between, (apart == 1) & (own > other)
+    apart = ((own ^ other) >> level) * (1 - little)
+    right = ((own >> level) & 1) | little
+    between = (apart == 0) & ((own >= other) == (right == 1))
+    return between, (apart == 1 - little) & (own > other)
 
 
 @triton.jit
 def _product(a, b, OPERAND: tl.constexpr):
-    if OPERAND == tl.float32:
+    if tl.float32 == OPERAND:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32x3")
     return tl.dot(a.to(OPERAND), b.to(OPERAND))
 
@@ -137,7 +155,7 @@ def _product(a, b, OPERAND: tl.constexpr):
 @triton.jit
 def _sums(chosen, value, OPERAND: tl.constexpr):
     """Sums over rows, of those chosen for each. In half precision value comes in two parts: all of it counts."""
-    if OPERAND == tl.float32:
+    if tl.float32 == OPERAND:
         return tl.dot(chosen.to(tl.float32), value, input_precision="tf32x3")
     high = value.to(OPERAND)
     low = (value - high.to(tl.float32)).to(OPERAND)
@@ -194,9 +212,8 @@ def states(
     backwards = direction + REVERSE
     down = (backwards + GRADIENT) % 2
     place = _places(backwards, ROWS)
-    if DIRECTIONS == 2:
-        if direction == 1:
-            decay = reverse_decay
+    if DIRECTIONS == 2 and direction == 1:
+        decay = reverse_decay
     left += image * left_batch + head * left_head
     right += image * right_batch + head * right_head
     decay += image * decay_batch + head * decay_head
@@ -217,17 +234,17 @@ def states(
         x = _tile(left, start, tokens, left_token, DK, BLOCK_K, ROWS).to(tl.float32)
         y = _tile(right, start, tokens, right_token, DV, BLOCK_V, ROWS)
         if GRADIENT:
-            x *= tl.exp(_sums(_until(place), a, OPERAND)) * tl.cast(scale, tl.float32)
+            x *= tl.exp2(_sums(_until(place), a, OPERAND)) * tl.cast(scale, tl.float32)
         else:
-            x *= tl.exp(_sums(_after(place), a, OPERAND))
+            x *= tl.exp2(_sums(_after(place), a, OPERAND))
         change = tl.sum(a, 0)
         time += change
-        state = state * tl.exp(change)[:, None] + _product(tl.trans(x), y, OPERAND)
+        state = state * tl.exp2(change)[:, None] + _product(tl.trans(x), y, OPERAND)
     if ends is not None:
         _put_state(ends, state, program, DK, DV)
     if decays is not None:
         lane = tl.arange(0, BLOCK_K)
-        tl.store(decays + tl.cast(program, tl.int64) * DK + lane, tl.exp(time), mask=lane < DK)
+        tl.store(decays + tl.cast(program, tl.int64) * DK + lane, tl.exp2(time), mask=lane < DK)
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -316,13 +333,15 @@ def outputs(
         place = _places(direction + REVERSE, ROWS)
         source += image * decay_batch + head * decay_head
         a, _ = _log_decay(source, start, tokens, decay_token, inverse, DK, BLOCK_K, ROWS, NORMALIZED)
-        for level in range(LEVELS):
-            between, pairs = _halves(place, level)
-            left = tl.exp(_sums(between, a, OPERAND))
-            scores = tl.where(pairs, _product(query * left, tl.trans(key * left), OPERAND), scores)
+        little, steps = _steps(a, LEVELS)
+        for level in range(steps):
+            between, pairs = _step(place, level, little)
+            time = _sums(between, a, OPERAND)
+            queries, keys = query * tl.exp2(time), key * tl.exp2((1.0 - 2.0 * little) * time)
+            scores = tl.where(pairs, _product(queries, tl.trans(keys), OPERAND), scores)
         index = (image * tiles + tile) * (HEADS * DIRECTIONS) + direction * HEADS + head
         state = _state(kept, index, DK, DV, BLOCK_K, BLOCK_V)
-        result += _product(query * tl.exp(_sums(_until(place), a, OPERAND)), state, OPERAND)
+        result += _product(query * tl.exp2(_sums(_until(place), a, OPERAND)), state, OPERAND)
     result += _product(scores, value, OPERAND)
     result *= tl.cast(scale, tl.float32)
     _put(out + image * tokens * (HEADS * DV) + head * DV, result, start, tokens, HEADS * DV, DV)
@@ -398,28 +417,33 @@ def gradients(
         state = _state(kept, index, DK, DV, BLOCK_K, BLOCK_V)
         grad_state = _state(grad_kept, index, DK, DV, BLOCK_K, BLOCK_V)
         # What passes through the tile, then what it reads, and what it adds.
-        through = tl.exp(tl.sum(a, 0)) * tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 1)
-        left = tl.exp(_sums(_until(place), a, OPERAND))
+        through = tl.exp2(tl.sum(a, 0)) * tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 1)
+        left = tl.exp2(_sums(_until(place), a, OPERAND))
         part = _product(grad, tl.trans(state), OPERAND) * left * factor
         by_query += part
         by_decay = through[None, :] + _sums(tl.trans(_until(place)), query * part, OPERAND)
-        left = tl.exp(_sums(_after(place), a, OPERAND))
+        left = tl.exp2(_sums(_after(place), a, OPERAND))
         part = _product(value, tl.trans(grad_state), OPERAND) * left
         by_key += part
         by_decay += _sums(tl.trans(_after(place)), key * part, OPERAND)
         by_value += _product(key * left, grad_state, OPERAND)
-        for level in range(LEVELS):
-            between, pairs = _halves(place, level)
-            left = tl.exp(_sums(between, a, OPERAND))
-            queries, keys = (query * left).to(OPERAND), (key * left).to(OPERAND)
+        little, steps = _steps(a, LEVELS)
+        for level in range(steps):
+            between, pairs = _step(place, level, little)
+            time = _sums(between, a, OPERAND)
+            sign = 1.0 - 2.0 * little
+            left, brought = tl.exp2(time), tl.exp2(sign * time)
+            # Rounded once for all uses: then pairs that are not to change a decay cancel in what follows.
+            queries, keys = (query * left).to(OPERAND), (key * brought).to(OPERAND)
             scores = tl.where(pairs, _product(queries, tl.trans(keys), OPERAND), scores)
             each = tl.where(pairs, by_score, 0.0).to(OPERAND)
-            part = _product(each, keys, OPERAND) * left
-            by_query += part
-            change = query * part
-            part = _product(tl.trans(each), queries, OPERAND) * left
-            by_key += part
-            by_decay += _sums(tl.trans(between), change + key * part, OPERAND)
+            part = _product(each, keys, OPERAND)
+            by_query += part * left
+            change = queries.to(tl.float32) * part
+            part = _product(tl.trans(each), queries, OPERAND)
+            by_key += part * brought
+            change += sign * keys.to(tl.float32) * part
+            by_decay += _sums(tl.trans(between), change, OPERAND)
         _put(target + vectors, by_decay * slope, start, tokens, pitch_k, DK)
     by_value += _product(tl.trans(scores), grad, OPERAND) * factor
     _put(grad_q + vectors, by_query, start, tokens, pitch_k, DK)
