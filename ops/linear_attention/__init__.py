@@ -19,8 +19,8 @@ __all__ = ["FlowConservation", "KernelSum", "MeanSubtraction", "linear_attention
 
 def linear_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     rule: Rule,
     *,
     temperature: Tensor | None = None,
@@ -36,7 +36,9 @@ def linear_attention(
     float64 input float64, and are rounded once, at the end. Autocast changes nothing here.
 
     Args:
-        q: Queries, (B, N, heads, d). All three may be views of one projection: nothing is copied for their strides.
+        q: Queries, (B, N, heads, d); with None for `k` and `v` all three as one projection leaves them,
+            (B, N, 3, heads, d), and their gradient is one tensor, too. Views of a projection are read where they lie,
+            but torch copies their gradients when it puts them together.
         k: Keys, of the shape of `q`.
         v: Values, (B, N, heads, e).
         rule: How scores become weights.
@@ -63,8 +65,8 @@ def linear_attention(
 
 def _prepare(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     rule: Rule,
     *,
     temperature: Tensor | None = None,
@@ -81,13 +83,7 @@ def _prepare(
     for name, tensor in tensors.items():
         if tensor is not None:
             _check_kind(name, tensor, q)
-    if q.ndim != 4 or known(q.shape[2] == 0) or known(q.shape[3] == 0):
-        raise ValueError(
-            f"q must have the shape (B, N, heads, d) with a head and a channel at least, got {tuple(q.shape)}"
-        )
-    if v.ndim != 4 or known(v.shape[3] == 0):
-        raise ValueError(f"v must have the shape (B, N, heads, e) with a channel at least, got {tuple(v.shape)}")
-    B, N, heads, d, e = *q.shape, v.shape[3]
+    B, N, heads, d, e = _check_sizes(q, k, v)
     shapes = {
         "k": ("of q, (B, N, heads, d)", (B, N, heads, d)),
         "v": ("(B, N, heads, e)", (B, N, heads, e)),
@@ -115,6 +111,26 @@ def _check_kind(name: str, tensor: Tensor, q: Tensor) -> None:
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
     if tensor.device != q.device:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
+
+
+def _check_sizes(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[int, int, int, int, int]:
+    """B, N, heads, d and e."""
+    if k is None or v is None:
+        if k is not None or v is not None:
+            raise ValueError(f"k and v come together, or both in q: {'k' if v is None else 'v'} is given alone")
+        if q.ndim != 5 or known(q.shape[2] != 3) or known(q.shape[3] == 0) or known(q.shape[4] == 0):
+            raise ValueError(
+                "q without k and v must have the shape (B, N, 3, heads, d) with a head and a channel at least,"
+                f" got {tuple(q.shape)}"
+            )
+        return q.shape[0], q.shape[1], q.shape[3], q.shape[4], q.shape[4]
+    if q.ndim != 4 or known(q.shape[2] == 0) or known(q.shape[3] == 0):
+        raise ValueError(
+            f"q must have the shape (B, N, heads, d) with a head and a channel at least, got {tuple(q.shape)}"
+        )
+    if v.ndim != 4 or known(v.shape[3] == 0):
+        raise ValueError(f"v must have the shape (B, N, heads, e) with a channel at least, got {tuple(v.shape)}")
+    return *q.shape, v.shape[3]
 
 
 def _check_grid(N: int, local_kernels: Tensor | None, grid: tuple[int, int] | None) -> None:

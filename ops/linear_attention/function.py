@@ -26,29 +26,31 @@ MEAN, SUM, FLOW = range(3)
 """Rules as the kernels know them."""
 
 
-def unsupported_reasons(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> list[str]:
+def unsupported_reasons(q: Tensor, k: Tensor | None, v: Tensor | None, **options: Any) -> list[str]:
     """Why the kernels cannot take these arguments; empty when they can."""
     del options  # any will do
     reasons = gpu.device_reasons(q.device)
-    dtypes = [each.dtype for each in (q, k, v)]
+    tensors = [q] if k is None or v is None else [q, k, v]
+    dtypes = [each.dtype for each in tensors]
     if q.dtype not in DTYPES or len(set(dtypes)) > 1:
         names = ", ".join(map(str, dtypes))
         reasons.append(f"the kernels take q, k and v of one dtype, float16, bfloat16 or float32, these are {names}")
     if q.device.type == "cpu" and torch.bfloat16 in dtypes:
         reasons.append("the interpreter has no bfloat16")
-    if known(q.shape[3] > MAX_CHANNELS) or known(v.shape[3] > MAX_CHANNELS):
-        reasons.append(f"a head may have {MAX_CHANNELS} channels, these have {q.shape[3]} and {v.shape[3]}")
-    if any(known(each.stride(1) > MAX_PITCH) for each in (q, k, v)):
+    if any(known(each.shape[-1] > MAX_CHANNELS) for each in tensors):
+        widths = ", ".join(str(each.shape[-1]) for each in tensors)
+        reasons.append(f"a head may have {MAX_CHANNELS} channels, these have {widths}")
+    if any(known(each.stride(1) > MAX_PITCH) for each in tensors):
         reasons.append(f"tokens may lie {MAX_PITCH} numbers apart in memory, these lie further")
-    if known(q.shape[0] * q.shape[1] * q.shape[2] >= 2**31):
+    if known(q.shape[0] * q.shape[1] * q.shape[-2] >= 2**31):
         reasons.append("images, tokens and heads may make 2**31 - 1 vectors, these make more")
     return reasons
 
 
 def linear_attention_triton(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     *,
     rule: Rule,
     temperature: Tensor | None,
@@ -58,7 +60,7 @@ def linear_attention_triton(
 ) -> Tensor:
     """Computes what `vizoo.ops.linear_attention` defines with the fused kernels."""
     tensors = (q, k, v, temperature, key_position, local_kernels)
-    options = (*((0, 0) if grid is None else grid), *_numbers(rule, q.shape[3]))
+    options = (*((0, 0) if grid is None else grid), *_numbers(rule, q.shape[-1]))
     given = [tensor for tensor in tensors if tensor is not None]
     if not gpu.unwatched(*given):
         return _forward(*tensors, *options)[0]
@@ -98,13 +100,19 @@ def sizes(d: int, e: int, rule: int) -> tuple[int, int, int]:
     return d * e + behind, d * e + (e if rule == MEAN else d), 4 if rule == FLOW else 0
 
 
+def output_shape(q: Tensor, v: Tensor | None) -> tuple[int, int, int, int]:
+    """(B, N, heads, e)."""
+    return q.shape[0], q.shape[1], q.shape[-2], q.shape[-1] if v is None else v.shape[3]
+
+
 def _forward_like(
-    q: Tensor, k: Any, v: Tensor, temperature: Any, position: Any, local: Any, H: int, W: int, rule: int, *_: Any
+    q: Tensor, k: Any, v: Tensor | None, temperature: Any, position: Any, local: Any, H: int, W: int, rule: int, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, N, heads, d = q.shape
-    size, vectors = sizes(d, v.shape[3], rule)[::2]
+    B, N, heads, e = output_shape(q, v)
+    d = q.shape[-1]
+    size, vectors = sizes(d, e, rule)[::2]
     return (
-        q.new_empty((B, N, heads, v.shape[3])),
+        q.new_empty((B, N, heads, e)),
         q.new_empty((B, heads, size), dtype=torch.float32),
         q.new_empty((B, heads, vectors, d), dtype=torch.float32),
     )
@@ -121,7 +129,7 @@ def _backward_like(grad_out: Tensor, sums: Any, flows: Any, *inputs: Any) -> lis
 
 
 _INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? temperature, Tensor? key_position, Tensor? local_kernels,"
+    "Tensor q, Tensor? k, Tensor? v, Tensor? temperature, Tensor? key_position, Tensor? local_kernels,"
     " SymInt H, SymInt W, int rule, float number, bool floored"
 )
 _forward = kernel_operator(
@@ -158,19 +166,19 @@ _forward.register_autograd(_gradients, setup_context=_setup_context)
 _Eager = direct_function(_launch_forward, _setup_context, _gradients)
 
 
-def _product(q: Sequence[int], v: Sequence[int]) -> int:
+def _product(q: Sequence[int], v: Sequence[int] | None) -> int:
     """Operations of one product of all tokens with the matrix of their head."""
-    B, N, heads, d = q
-    return 2 * B * N * heads * d * v[3]
+    B, N, *_, heads, d = q
+    return 2 * B * N * heads * d * (d if v is None else v[3])
 
 
-def _forward_flops(q: Sequence[int], k: Any, v: Sequence[int], *args: Any, **kwargs: Any) -> int:
+def _forward_flops(q: Sequence[int], k: Any, v: Sequence[int] | None, *args: Any, **kwargs: Any) -> int:
     return 2 * _product(q, v)
 
 
 def _backward_flops(
-    grad_out: Any, sums: Any, flows: Any, q: Sequence[int], k: Any, v: Sequence[int], temperature: Any, position: Any,
-    local: Any, H: int, W: int, rule: int, *args: Any, **kwargs: Any,
+    grad_out: Any, sums: Any, flows: Any, q: Sequence[int], k: Any, v: Sequence[int] | None, temperature: Any,
+    position: Any, local: Any, H: int, W: int, rule: int, *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     return (6 if rule == FLOW else 4) * _product(q, v)
 

@@ -5,7 +5,8 @@ channels of queries and keys and E of values. The sums of a head are a D x E mat
 values (MEAN), of keys (SUM), or of weights, one number (FLOW). The flows of a head are four vectors: sums of keys, of
 queries, and of both over their flows.
 
-Queries and keys are what the rule makes of them: themselves, after ReLU, or after a sigmoid.
+Queries and keys are what the rule makes of them: themselves, after ReLU, or after a sigmoid. Where one projection left
+all three side by side (PACKED), k and v are the same tensor as q, and begin where its queries end.
 """
 
 from __future__ import annotations
@@ -23,6 +24,19 @@ def _share(chunks, HEADS: tl.constexpr):
     """Head, chunk and image of this program; heads of the same tokens run side by side."""
     program = tl.program_id(0)
     return program % HEADS, program // HEADS % chunks, tl.cast(program // HEADS // chunks, tl.int64)
+
+
+@triton.jit
+def _at(pointer, image, head, batch, stride, place, HEADS: tl.constexpr, D: tl.constexpr, PACKED: tl.constexpr):
+    """Where the vectors of a head begin, in q, k or v (place 0, 1 or 2); `stride` None stands for adjacent heads."""
+    pointer += image * batch
+    if PACKED:
+        pointer += place * (HEADS * D)
+    if stride is None:
+        pointer += head * D
+    else:
+        pointer += head * stride
+    return pointer
 
 
 @triton.jit
@@ -293,6 +307,7 @@ def collect(
     BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr,
     RULE: tl.constexpr,
+    PACKED: tl.constexpr,
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -303,11 +318,11 @@ def collect(
     begin = chunk * length
     last = tl.minimum(begin + length, N)
     epsilon = tl.cast(constant, tl.float32)
-    k += image * k_batch + head * k_head
+    k = _at(k, image, head, k_batch, k_head, 1, HEADS, D, PACKED)
     if position is not None:
         position += head * position_head
     if STEP == 2:
-        v += image * v_batch + head * v_head
+        v = _at(v, image, head, v_batch, v_head, 2, HEADS, E, PACKED)
         conserved = 0.0
         if RULE == FLOW:
             conserved = _vector(flows + pair * (4 * D) + 3 * D, epsilon, D, BLOCK_D)
@@ -317,7 +332,7 @@ def collect(
         )  # fmt: skip
         _put_sums(parts + program * SIZE, matrix, keys, values, weights, D, E, RULE)
     else:
-        q += image * q_batch + head * q_head
+        q = _at(q, image, head, q_batch, q_head, 0, HEADS, D, PACKED)
         keys, queries = 0.0, 0.0
         if STEP == 1:
             keys = _vector(first + pair * (2 * D), epsilon, D, BLOCK_D)
@@ -391,6 +406,7 @@ def outputs(
     BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr,
     RULE: tl.constexpr,
+    PACKED: tl.constexpr,
     FLOORED: tl.constexpr,
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -402,14 +418,14 @@ def outputs(
     begin = chunk * length
     last = tl.minimum(begin + length, N)
     number, count = tl.cast(constant, tl.float32), tl.cast(N, tl.float32)
-    q += image * q_batch + head * q_head
-    v += image * v_batch + head * v_head
+    q = _at(q, image, head, q_batch, q_head, 0, HEADS, D, PACKED)
+    v = _at(v, image, head, v_batch, v_head, 2, HEADS, E, PACKED)
     sums += pair * SIZE
     sinks, conserved, weights, values = 0.0, 0.0, 0.0, 0.0
     if RULE == FLOW:
         flows += pair * (4 * D)
     if WHOLE:
-        k += image * k_batch + head * k_head
+        k = _at(k, image, head, k_batch, k_head, 1, HEADS, D, PACKED)
         if position is not None:
             position += head * position_head
         if RULE == FLOW:
@@ -493,6 +509,7 @@ def query_gradients(
     BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr,
     RULE: tl.constexpr,
+    PACKED: tl.constexpr,
     FLOORED: tl.constexpr,
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -510,9 +527,10 @@ def query_gradients(
     begin = chunk * length
     last = tl.minimum(begin + length, N)
     number, count = tl.cast(constant, tl.float32), tl.cast(N, tl.float32)
-    q += image * q_batch + head * q_head
+    q = _at(q, image, head, q_batch, q_head, 0, HEADS, D, PACKED)
     grad_out += image * N * (HEADS * E) + head * E
-    grad_q += image * N * (HEADS * D) + head * D
+    GRAD: tl.constexpr = HEADS * D * (3 if PACKED else 1)
+    grad_q += image * N * GRAD + head * D
     sums += pair * SIZE
     keys, values, weights = _vector(sums + D * E, 0.0, D, BLOCK_D), 0.0, 0.0
     if RULE == MEAN:
@@ -566,7 +584,7 @@ def query_gradients(
                 by_key += by_sink[:, None] * (query + number)
                 matrix = _added(matrix, query * (gate * incoming)[:, None], g, PRECISION)
         if RULE != FLOW or LATER:
-            _put(grad_q, slope * factor, start, last, HEADS * D, D)
+            _put(grad_q, slope * factor, start, last, GRAD, D)
     if LATER:
         _put_vector(parts + program * D, tl.sum(by_key, 0), D)
     else:
@@ -650,6 +668,7 @@ def key_gradients(
     BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr,
     RULE: tl.constexpr,
+    PACKED: tl.constexpr,
     STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -666,13 +685,18 @@ def key_gradients(
     begin = chunk * length
     last = tl.minimum(begin + length, N)
     number, count = tl.cast(constant, tl.float32), tl.cast(N, tl.float32)
-    k += image * k_batch + head * k_head
-    v += image * v_batch + head * v_head
+    k = _at(k, image, head, k_batch, k_head, 1, HEADS, D, PACKED)
+    v = _at(v, image, head, v_batch, v_head, 2, HEADS, E, PACKED)
     if position is not None:
         position += head * position_head
     grad_out += image * N * (HEADS * E) + head * E
-    grad_k += image * N * (HEADS * D) + head * D
-    grad_v += image * N * (HEADS * E) + head * E
+    GRAD_K: tl.constexpr = HEADS * D * (3 if PACKED else 1)
+    GRAD_V: tl.constexpr = HEADS * E * (3 if PACKED else 1)
+    if PACKED:
+        grad_v = grad_k + 2 * HEADS * E
+        grad_k += HEADS * D
+    grad_k += image * N * GRAD_K + head * D
+    grad_v += image * N * GRAD_V + head * E
     sums += pair * SIZE
     grad_sums += pair * (D * E + (E if RULE == MEAN else D))
     matrix = _matrix(grad_sums, D, E, BLOCK_D, BLOCK_E)
@@ -723,7 +747,7 @@ def key_gradients(
         if RULE == SUM:
             slope = tl.where(key > 0, slope + by_keys[None, :], 0.0)
         if not EARLY:
-            _put(grad_k, slope * factor, start, last, HEADS * D, D)
+            _put(grad_k, slope * factor, start, last, GRAD_K, D)
             total = _times(key, high, low, unit, PRECISION)
             if RULE == FLOW:
                 total = total * weight[:, None]
@@ -742,7 +766,7 @@ def key_gradients(
                 total, s6, s7, s8 = _three(
                     grad_out, taps, here, total, s6, s7, s8, start, HEADS * E, y, x, H, W, 2, E, BLOCK_E, ROWS
                 )
-            _put(grad_v, total, start, last, HEADS * E, E)
+            _put(grad_v, total, start, last, GRAD_V, E)
     if EARLY:
         _put_vector(parts + program * (2 * D), tl.sum(grad_fourth, 0), D)
         _put_vector(parts + program * (2 * D) + D, tl.sum(grad_second, 0), D)

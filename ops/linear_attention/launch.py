@@ -7,9 +7,10 @@ from torch import Tensor
 
 from vizoo.ops import gpu
 from vizoo.ops.registration import launchable, register_flops
+from vizoo.ops.tracing import known
 
 from . import kernels, tiles
-from .function import FLOPS, FLOW, MEAN, sizes
+from .function import FLOPS, FLOW, MEAN, output_shape, sizes
 
 register_flops(FLOPS)
 
@@ -20,8 +21,8 @@ class _Call:
     def __init__(
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
         temperature: Tensor | None,
         position: Tensor | None,
         local: Tensor | None,
@@ -32,13 +33,18 @@ class _Call:
         floored: bool,
     ) -> None:
         # Kernels are compiled for these, so a tracer has to settle on them; batch and tokens may stay of any number.
-        self.heads, self.d, self.e = int(q.shape[2]), int(q.shape[3]), int(v.shape[3])
-        self.B, self.N, self.rule, self.number = q.shape[0], q.shape[1], rule, number
-        self.q, self.k, self.v = _dense(q), _dense(k), _dense(v)
+        self.B, self.N, *each = output_shape(q, v)
+        self.heads, self.e = (int(size) for size in each)
+        self.d, self.packed, self.rule, self.number = int(q.shape[-1]), v is None, rule, number
+        if k is None or v is None:
+            self.q = self.k = self.v = q if _is_dense(q, self.heads * self.d) else q.contiguous()
+            self.strides = [(*self.q.stride()[:2], None)] * 3
+        else:
+            self.q, self.k, self.v = _dense(q), _dense(k), _dense(v)
+            self.strides = [_strides(each) for each in (self.q, self.k, self.v)]
         self.temperature = None if temperature is None else temperature.contiguous()
         self.local = None if local is None else local.contiguous()
         self.position = None if position is None else _dense(position)
-        self.strides = [each.stride()[:3] for each in (self.q, self.k, self.v)]
         self.position_strides = (0, 0) if self.position is None else self.position.stride()[:2]
         self.map = (H, W)
         self.size, self.grad_size, self.vectors = sizes(self.d, self.e, rule)
@@ -53,6 +59,7 @@ class _Call:
             "BLOCK_D": tiles.power_of_two(self.d),
             "BLOCK_E": tiles.power_of_two(self.e),
             "RULE": rule,
+            "PACKED": self.packed,
             "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",  # halves have but one precision
         }
 
@@ -67,8 +74,8 @@ class _Call:
 
 def forward(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     temperature: Tensor | None,
     position: Tensor | None,
     local: Tensor | None,
@@ -111,8 +118,8 @@ def backward(
     sums: Tensor,
     flows: Tensor,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     temperature: Tensor | None,
     position: Tensor | None,
     local: Tensor | None,
@@ -122,27 +129,28 @@ def backward(
     number: float,
     floored: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, temperature, position and local kernels; None where there is no such input."""
+    """Gradients of the inputs but for the options; None where there is no such input."""
     call = _Call(q, k, v, temperature, position, local, H, W, rule, number, floored)
-    grad_q, grad_k, grad_v = (each.new_empty(each.shape) for each in (q, k, v))
+    grad_q = q.new_empty(q.shape)
+    grad_k, grad_v = (None if each is None else each.new_empty(each.shape) for each in (k, v))
     if not grad_out.numel():
         others = (None if each is None else torch.zeros_like(each) for each in (temperature, position, local))
         return grad_q, grad_k, grad_v, *others
     grad_out = grad_out.contiguous()
-    by_key = grad_out, sums, flows, grad_k, grad_v
+    given, written = (grad_out, sums, flows), (grad_q if grad_k is None else grad_k, grad_v)
     grad_flows = None
     with gpu.on(q.device):
-        grad_sums = _queried(call, 0, grad_out, sums, flows, None, grad_q)
+        grad_sums = _queried(call, 0, *given, None, grad_q)
         if rule == FLOW:
-            second = _keyed(call, 0, grad_sums, None, *by_key)
-            grad_flows = _queried(call, 1, grad_out, sums, flows, second, grad_q)
-        grad_local = _keyed(call, 1, grad_sums, grad_flows, *by_key)
+            grad_flows = _queried(call, 1, *given, _keyed(call, 0, *given, grad_sums, None, *written), grad_q)
+        grad_local = _keyed(call, 1, *given, grad_sums, grad_flows, *written)
+    by_position = grad_q[:, :, 1] if grad_k is None else grad_k
     return (
         grad_q,
         grad_k,
         grad_v,
         None if temperature is None else _by_temperature(call, sums, grad_sums).to(temperature.dtype),
-        None if position is None else grad_k.sum(0, dtype=torch.float32).to(position.dtype),
+        None if position is None else by_position.sum(0, dtype=torch.float32).to(position.dtype),
         None if local is None or grad_local is None else grad_local.view(local.shape).to(local.dtype),
     )
 
@@ -150,6 +158,17 @@ def backward(
 def _dense(x: Tensor) -> Tensor:
     """With numbers of the last axis side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _is_dense(qkv: Tensor, width: int) -> bool:
+    """Whether all numbers of a token lie side by side."""
+    return qkv.stride()[2:] == (width, qkv.shape[-1], 1)
+
+
+def _strides(x: Tensor) -> tuple[int, int, int | None]:
+    """Of images, tokens and heads; None for heads side by side: then a compiler knows how their vectors are aligned."""
+    batch, token, head, _ = x.stride()
+    return batch, token, None if known(head == x.shape[-1]) else head
 
 
 def _total(parts: Tensor) -> Tensor:
@@ -195,15 +214,18 @@ def _queried(
 def _keyed(
     call: _Call,
     step: int,
-    grad_sums: Tensor,
-    grad_flows: Tensor | None,
     grad_out: Tensor,
     sums: Tensor,
     flows: Tensor,
+    grad_sums: Tensor,
+    grad_flows: Tensor | None,
     grad_k: Tensor,
-    grad_v: Tensor,
+    grad_v: Tensor | None,
 ) -> Tensor | None:
-    """The gradients of the fourth and second flow (step 0), or of local kernels. Writes those of keys and values."""
+    """The gradients of the fourth and second flow (step 0), or of local kernels. Writes those of keys and values.
+
+    Without `grad_v` the first of both is that of queries, keys and values in one.
+    """
     local = None if step == 0 else call.local
     tile = tiles.key_gradients(call.d, call.e, call.itemsize, call.rule == FLOW, local is not None)
     chunks, length = call.chunks(tile)

@@ -17,8 +17,8 @@ from .rules import FlowConservation, KernelSum, MeanSubtraction, Rule
 
 def linear_attention_reference(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     *,
     rule: Rule,
     temperature: Tensor | None,
@@ -27,7 +27,9 @@ def linear_attention_reference(
     grid: tuple[int, int] | None,
 ) -> Tensor:
     """Computes what `vizoo.ops.linear_attention` defines."""
-    wide = torch.promote_types(q.dtype, torch.float32)
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    if k is None or v is None:
+        q, k, v = q.unbind(2)
     with without_autocast(q.device):
         queries, keys, values = (each.to(wide).transpose(1, 2) for each in (q, k, v))  # (B, h, N, d or e)
         if key_position is not None:
@@ -38,7 +40,7 @@ def linear_attention_reference(
         out = out.transpose(1, 2)  # (B, N, h, e)
         if local_kernels is not None and grid is not None:
             out = _with_local(out, v.to(wide), local_kernels.to(wide), grid)
-        return out.to(q.dtype).contiguous()
+        return out.to(dtype).contiguous()
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:

@@ -21,7 +21,10 @@ RULES = [MeanSubtraction(), KernelSum(), KernelSum(floor=2.0), FlowConservation(
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of an input, the rule, and what is given besides: `grid` asks for kernels of each image."""
+    """Sizes of an input, the rule, and what is given besides: `grid` asks for kernels of each image.
+
+    With `packed` all three come in one tensor.
+    """
 
     batch: int
     N: int
@@ -32,11 +35,12 @@ class Case:
     temperature: bool = False
     position: bool = False
     grid: tuple[int, int] | None = None
+    packed: bool = False
 
     def __str__(self) -> str:
         parts = [type(self.rule).__name__, f"b{self.batch}n{self.N}h{self.heads}d{self.d}e{self.e or self.d}"]
         parts += ["floor"] if getattr(self.rule, "floor", None) else []
-        parts += [name for name in ("temperature", "position", "grid") if getattr(self, name)]
+        parts += [name for name in ("temperature", "position", "grid", "packed") if getattr(self, name)]
         return "-".join(parts)
 
     def tensors(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensors:
@@ -47,6 +51,8 @@ class Case:
 
         tokens, e = (self.batch, self.N, self.heads), self.e or self.d
         tensors = {"q": draw(*tokens, self.d), "k": draw(*tokens, self.d) + 0.2, "v": draw(*tokens, e) + 0.5}
+        if self.packed:
+            tensors = {"qkv": torch.stack(list(tensors.values()), 2)}
         if self.temperature:
             tensors["temperature"] = draw(self.heads)
         if self.position:
@@ -56,12 +62,22 @@ class Case:
         return {name: tensor.to(dtype).to(device) for name, tensor in tensors.items()}
 
     def call(self, implementation: Any = None) -> Callable[[Tensors], Tensor]:
-        return lambda tensors: linear_attention(
-            **tensors, rule=self.rule, grid=self.grid, implementation=implementation
-        )
+        def run(tensors: Tensors) -> Tensor:
+            if self.packed:
+                tensors = {"q": tensors["qkv"], "k": None, "v": None} | tensors
+                tensors.pop("qkv")
+            return linear_attention(**tensors, rule=self.rule, grid=self.grid, implementation=implementation)
+
+        return run
 
     def definition(self) -> Callable[[Tensors], Tensor]:
-        return lambda tensors: by_hand(self, **tensors)
+        def run(tensors: Tensors) -> Tensor:
+            if not self.packed:
+                return by_hand(self, **tensors)
+            qkv, *others = tensors
+            return by_hand(self, *tensors[qkv].unbind(2), **{name: tensors[name] for name in others})
+
+        return run
 
 
 def by_hand(
@@ -120,7 +136,7 @@ def _local(case: Case, v: Tensor, kernels: Tensor) -> Tensor:
 
 
 PLAIN = [Case(2, 13, 2, 3, 5), Case(1, 1, 1, 4), Case(1, 13, 2, 3, temperature=True, position=True, grid=(4, 3)),
-         Case(2, 6, 2, 2, grid=(1, 6)), Case(1, 7, 2, 2, grid=(7, 1), position=True)]  # fmt: skip
+         Case(2, 6, 2, 2, grid=(1, 6)), Case(1, 7, 2, 2, grid=(7, 1), position=True, packed=True)]  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -146,12 +162,12 @@ KERNEL = [
     Case(2, 35, 2, 16),
     Case(1, 23, 2, 24, 16, **ALL, grid=(4, 5)),
     Case(2, 35, 1, 16, 24, rule=SUM),
-    Case(1, 37, 2, 8, rule=FLOORED, **ALL, grid=(6, 6)),
+    Case(1, 37, 2, 8, rule=FLOORED, **ALL, grid=(6, 6), packed=True),
     Case(1, 35, 2, 24, 16, rule=FLOW),
-    Case(2, 9, 1, 16, rule=FLOW, **ALL, grid=(1, 7)),
+    Case(2, 9, 1, 16, rule=FLOW, **ALL, grid=(1, 7), packed=True),
 ]
 LARGE = [
-    Case(4, 784, 4, 32),
+    Case(4, 784, 4, 32, packed=True),
     Case(2, 197, 6, 32, **ALL, grid=(14, 14)),
     Case(1, 3136, 2, 64, rule=SUM, position=True),
     Case(8, 196, 8, 32, rule=FLOORED, temperature=True),
@@ -210,9 +226,10 @@ def test_chunks_fill_the_machine(tokens: int, pairs: int) -> None:
 
 @pytest.mark.parametrize("rule", [MEAN, FLOORED, FLOW], ids=str)
 def test_kernels_take_any_strides(rule: Any, device: torch.device, checks: Any) -> None:
-    case = Case(2, 9, 2, 16, 8, rule=rule, **ALL, grid=(2, 4))
+    packed = rule is FLOORED
+    case = Case(2, 9, 2, 16, 16 if packed else 8, rule=rule, **ALL, grid=(2, 4), packed=packed)
     tensors = case.tensors(torch.float16, device)
-    incoming = torch.randn(2, 9, 2, 8, device=device).half()
+    incoming = torch.randn(2, 9, 2, case.e, device=device).half()
     expected = checks.values_and_gradients(case.call("triton"), tensors, incoming)
     leaves = {name: checks.scattered(tensor).requires_grad_() for name, tensor in tensors.items()}
     out = case.call("triton")(leaves)
@@ -221,18 +238,20 @@ def test_kernels_take_any_strides(rule: Any, device: torch.device, checks: Any) 
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
 
 
-def test_parts_of_one_projection_are_read_where_they_lie(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    qkv = torch.randn(2, 9, 3, 2, 16, device=device, requires_grad=True)
-    positions = torch.randn(9, 2, 16, device=device)
-    expected = linear_attention(*qkv.unbind(2), SUM, key_position=positions, implementation="triton")
-    (wanted,) = torch.autograd.grad(expected, qkv, torch.ones_like(expected))
-    copies = [each.contiguous() for each in qkv.unbind(2)]
+def test_parts_of_one_projection(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views of it are read where they lie, and what holds them all gives the same, the gradient in one piece."""
+    case = Case(2, 9, 2, 16, rule=SUM, position=True, packed=True)
+    tensors = case.tensors(torch.float16, device)
     monkeypatch.setattr(Tensor, "contiguous", lambda self: self if self.is_contiguous() else pytest.fail("a copy"))
-    out = linear_attention(*qkv.unbind(2), SUM, key_position=positions, implementation="triton")
-    (gradient,) = torch.autograd.grad(out, qkv, torch.ones_like(out))
-    assert torch.equal(out, expected)
-    assert torch.equal(gradient, wanted)
-    assert torch.equal(out, linear_attention(*copies, SUM, key_position=positions, implementation="triton"))
+    results = []
+    for packed in (True, False):
+        leaves = {name: each.clone().requires_grad_() for name, each in tensors.items()}
+        qkv, position = leaves.values()
+        given = leaves if packed else dict(zip("qkv", qkv.unbind(2), strict=True)) | {"key_position": position}
+        out = replace(case, packed=packed).call("triton")(given)
+        results.append([out, *torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("rule", [MEAN, SUM, FLOW], ids=str)
@@ -319,11 +338,15 @@ def registered(case: Case) -> Callable[[Tensors], Tensor]:
 
 
 def arguments(case: Case, tensors: Tensors) -> tuple[Any, ...]:
-    names = ("q", "k", "v", "temperature", "key_position", "local_kernels")
+    names = ("qkv" if case.packed else "q", "k", "v", "temperature", "key_position", "local_kernels")
     return (*map(tensors.get, names), *(case.grid or (0, 0)), *function._numbers(case.rule, case.d))
 
 
-REGISTERED = [Case(1, 9, 2, 16, 8, **ALL, grid=(2, 4)), Case(1, 9, 1, 8, rule=SUM), Case(1, 9, 1, 16, rule=FLOW)]
+REGISTERED = [
+    Case(1, 9, 2, 16, 8, **ALL, grid=(2, 4)),
+    Case(1, 9, 2, 8, rule=SUM, packed=True),
+    Case(1, 9, 1, 16, rule=FLOW),
+]
 
 
 @pytest.mark.parametrize("case", REGISTERED, ids=str)
@@ -339,12 +362,12 @@ def test_the_short_way_equals_the_registered_operator(case: Case, device: torch.
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
-@pytest.mark.parametrize("wanted", [None, ("k",), ()], ids=str)
+@pytest.mark.parametrize("wanted", [None, ("k", "qkv"), ()], ids=str)
 @pytest.mark.parametrize("case", REGISTERED, ids=str)
 def test_operator_is_registered_well(case: Case, wanted: tuple[str, ...] | None, device: torch.device) -> None:
     tensors = case.tensors(torch.float32, device)
-    for name in tensors if wanted is None else wanted:
-        tensors[name].requires_grad_()
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(wanted is None or name in wanted)
     torch.library.opcheck(function._forward, arguments(case, tensors))
 
 
@@ -352,7 +375,7 @@ def test_second_derivative_is_refused(device: torch.device) -> None:
     case = REGISTERED[1]
     leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors(torch.float32, device).items()}
     for call, message in ((case.call("triton"), "once_differentiable"), (registered(case), "autograd formula")):
-        (gradient,) = torch.autograd.grad(call(leaves).square().sum(), leaves["q"], create_graph=True)
+        (gradient,) = torch.autograd.grad(call(leaves).square().sum(), leaves["qkv"], create_graph=True)
         with pytest.raises(RuntimeError, match=message):
             gradient.sum().backward()
 
@@ -380,7 +403,7 @@ class Block(nn.Module):
         qkv = self.project(x).view(B, H * W, 3, 2, 8)
         kernels = self.kernels(x.mean((1, 2))).view(B, 2, 8, 3, 3)
         return linear_attention(
-            *qkv.unbind(2), self.rule, temperature=self.temperature, local_kernels=kernels, grid=(H, W)
+            qkv, None, None, self.rule, temperature=self.temperature, local_kernels=kernels, grid=(H, W)
         )
 
 
@@ -458,6 +481,10 @@ KERNELS = torch.randn(1, 2, 3, 3, 3)
         (ValueError, r"q must have the shape .*, got \(1, 5, 0, 4\)", {"q": Q[:, :, :0]}),
         (ValueError, r"v must have the shape \(B, N, heads, e\) with a channel .*, got \(1, 5, 2, 0\)",
          {"v": V[..., :0]}),
+        (ValueError, r"k and v come together, or both in q: v is given alone", {"k": None}),
+        (ValueError, r"k and v come together, or both in q: k is given alone", {"v": None}),
+        (ValueError, r"q without k and v must have the shape \(B, N, 3, heads, d\) .*, got \(1, 5, 2, 4\)",
+         {"k": None, "v": None}),
         (ValueError, r"k must have the shape of q, \(B, N, heads, d\) = \(1, 5, 2, 4\), got \(1, 4, 2, 4\)",
          {"k": Q[:, 1:]}),
         (ValueError, r"v must have the shape \(B, N, heads, e\) = \(1, 5, 2, 3\), got \(1, 5, 1, 3\)",
@@ -501,7 +528,7 @@ def test_rules_check_their_numbers(make: Callable[[], Any], message: str) -> Non
          [torch.float64] * 3),
         (r"these are torch\.float16, torch\.float16, torch\.float32", (1, 5, 1, 16),
          [torch.float16, torch.float16, torch.float32]),
-        (r"a head may have 64 channels, these have 65 and 65", (1, 5, 1, 65), [torch.float32] * 3),
+        (r"a head may have 64 channels, these have 65, 65, 65", (1, 5, 1, 65), [torch.float32] * 3),
     ],
 )  # fmt: skip
 def test_refusals(message: str, sizes: tuple[int, ...], dtypes: list[torch.dtype], device: torch.device) -> None:

@@ -27,7 +27,7 @@ WRITTEN = {
     "depthwise_conv 5": [["out"], ["parts"], ["out"]],
     "gelu_linear": [["grad_x", "hidden"]],
     "layer_norm": [["out"], ["grad_x", "parts"]],
-    "linear_attention": [["out", "sums"], ["grad_q", "parts"], ["grad_k", "grad_v", "parts"]],
+    "linear_attention": [["out", "sums"], ["grad_q", "parts"], ["grad_k", "parts"]],
     "linear_attention, flows": [
         ["flows", "out", "sums"],
         *2 * [["parts"]],

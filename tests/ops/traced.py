@@ -114,7 +114,8 @@ def attended(rule: int, tokens: int) -> tuple[Callable[..., Tensor], list[Tensor
     """Linear attention of 2 heads with 16 channels by a rule, with all that can be added."""
 
     def run(qkv: Tensor, temperature: Tensor, position: Tensor, local: Tensor) -> Tensor:
-        return linear._forward(*qkv.unbind(2), temperature, position, local, 3, 7, rule, 0.2, False)[0]
+        parts = (qkv, None, None) if rule == linear.MEAN else qkv.unbind(2)
+        return linear._forward(*parts, temperature, position, local, 3, 7, rule, 0.2, False)[0]
 
     return run, leaves((2, tokens, 3, 2, 16), (2,), (tokens, 2, 16), (2, 2, 16, 3, 3))
 
