@@ -76,7 +76,7 @@ class ProgressiveNorm(nn.Module):
 
     The counters are part of the state dict: a model that is loaded goes on where it was. Recomputation in backward
     (gradient checkpointing) repeats its step and does not count. Where gradients accumulate over several batches, each
-    of these would count; `vizoo.train.hooks_norm.NormSchedule` counts updates instead.
+    of these would count; the hook `vizoo.train.hooks_norm.NormSchedule` counts updates.
 
     Args:
         channels: Length of the last axis.
@@ -127,6 +127,11 @@ class ProgressiveNorm(nn.Module):
         if not torch.compiler.is_compiling():
             self._share = share
         return share
+
+    @property
+    def finished(self) -> bool:
+        """Whether LayerNorm has no share left."""
+        return int(self.warm) == int(self.iter) == 0
 
     def set_schedule(self, steps: int, done: int = 0) -> None:
         """Fade over so many steps, the warm-up not counted, as if `done` steps, the warm-up counted, were behind.
