@@ -27,10 +27,14 @@ from triton.testing import do_bench
 
 from vizoo.ops import (
     ROW_AND_COLUMN_ROUTES,
+    FlowConservation,
+    KernelSum,
+    MeanSubtraction,
     Route,
     channel_attention,
     depthwise_conv,
     layer_norm,
+    linear_attention,
     neighborhood_attention,
     region_routes,
     routing_attention,
@@ -414,6 +418,72 @@ def measure_depthwise_conv(bandwidth: float, first: int | None, eager: bool) -> 
     return rows
 
 
+ATTENDED = {
+    "4 heads, 49 tokens": (128, 49, 4, 32, MeanSubtraction(), None),
+    "4 heads, 196 tokens": (128, 196, 4, 32, MeanSubtraction(), None),
+    "4 heads, 784 tokens": (128, 784, 4, 32, MeanSubtraction(), None),
+    "4 heads, 3,136 tokens": (128, 3136, 4, 32, MeanSubtraction(), None),
+    "4 heads, 3,136 tokens, sums": (128, 3136, 4, 32, KernelSum(), None),
+    "inline_swin_tiny stage 1": (128, 56 * 56, 3, 32, MeanSubtraction(), (56, 56)),
+    "inline_swin_tiny stage 3": (128, 14 * 14, 12, 32, MeanSubtraction(), (14, 14)),
+    "l2vit_tiny stage 2": (128, 28 * 28, 6, 32, KernelSum(floor=100.0), None),
+    "flowformer stage 1": (128, 56 * 56, 12, 8, FlowConservation(), None),
+    "flowformer stage 3": (128, 14 * 14, 12, 32, FlowConservation(), None),
+    "4 heads, 65,536 tokens": (1, 65536, 4, 32, MeanSubtraction(), None),
+}
+"""Linear attention: images, tokens, heads, channels of a head, the rule, and the map for kernels of each image."""
+
+
+def measure_linear_attention(bandwidth: float, first: int | None, eager: bool) -> list[dict[str, Any]]:
+    """Linear attention in bfloat16, beside its definition in plain torch, and softmax attention of the same tensors."""
+    rows = []
+    for name, (batch, N, heads, d, rule, grid) in list(ATTENDED.items())[:first]:
+        options = {"rule": rule, "grid": grid}
+
+        def ours(tensors: dict[str, Tensor], options: dict[str, Any] = options) -> Tensor:
+            qkv, *local = tensors.values()
+            return linear_attention(
+                qkv, None, None, local_kernels=local[0] if local else None, implementation="triton", **options
+            )
+
+        def plain(tensors: dict[str, Tensor], options: dict[str, Any] = options) -> Tensor:
+            qkv, *local = tensors.values()
+            return linear_attention(
+                qkv, None, None, local_kernels=local[0] if local else None, implementation="reference", **options
+            )
+
+        def softmax(tensors: dict[str, Tensor]) -> Tensor:
+            return F.scaled_dot_product_attention(*tensors["qkv"].permute(2, 0, 3, 1, 4)).transpose(1, 2)
+
+        tensors = {"qkv": torch.randn(batch, N, 3, heads, d, device="cuda", dtype=torch.bfloat16).requires_grad_()}
+        # Of keys without a mean little would be left to compare.
+        with torch.no_grad():
+            tensors["qkv"][:, :, 1:] += 0.5
+        if grid is not None:
+            kernels = torch.randn(batch, heads, d, 3, 3, device="cuda", dtype=torch.bfloat16)
+            tensors["local_kernels"] = kernels.requires_grad_()
+        check(ours(tensors).float(), plain(tensors).float())
+        part = tensors["qkv"].nbytes / 3
+        ways = {
+            "vizoo": ours,
+            "torch eager": plain,
+            "torch compiled": torch.compile(plain, dynamic=False),
+            "sdpa eager": softmax,
+        }
+        for way, function in chosen(ways, eager).items():
+            figures = measure(function, tensors)
+            shares = {
+                "forward_share": 4 * part / bandwidth / figures["forward_device_ms"] * 1e3,
+                # Backward reads qkv and the incoming gradient, and writes that of qkv.
+                "both_share": (4 + 7) * part / bandwidth / figures["both_device_ms"] * 1e3,
+            }
+            row = {"op": "linear_attention", "name": name, "shape": (batch, N, heads, d), "rule": str(rule)}
+            rows.append({**row, "grid": grid, "implementation": way, **figures, **shares})
+            print(line(rows[-1]), flush=True)
+        torch.compiler.reset()
+    return rows
+
+
 def gathered_sdpa(qkv: Tensor, routes: Tensor, regions: int) -> Tensor:
     """What a model does without the operator: cut the map into regions, copy the routed keys and values, attend."""
     B, H, W, _, h, d = qkv.shape
@@ -749,6 +819,7 @@ OPERATORS = {
     "channel_attention": measure_channel_attention,
     "depthwise_conv": measure_depthwise_conv,
     "layer_norm": measure_layer_norm,
+    "linear_attention": measure_linear_attention,
     "neighborhood_attention": measure_neighborhood_attention,
     "routing_attention": measure_routing_attention,
     "selective_scan": measure_selective_scan,

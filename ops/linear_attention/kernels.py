@@ -476,12 +476,15 @@ def outputs(
             y = y * (tl.sigmoid(_flow(query, conserved, number)) / _flow(query, sinks, number))[:, None]
         y *= factor
         if local is not None:
+            # Summed up by itself: what is loaded lies otherwise in registers than a product does.
             row, column = _place(start, N, H, W, ROWS)
+            around = tl.zeros((ROWS, BLOCK_E), tl.float32)
             for tap in tl.static_range(9):
                 near = _neighbor(
                     v, start, v_token, row, column, tap // 3 - 1, tap % 3 - 1, H, W, E, BLOCK_E, ROWS
                 )  # fmt: skip
-                y += near * _tap(local + pair * (9 * E), tap, E, BLOCK_E)
+                around += near * _tap(local + pair * (9 * E), tap, E, BLOCK_E)
+            y += around
         _put(out, y, start, last, HEADS * E, E)
 
 
@@ -757,15 +760,16 @@ def key_gradients(
             if local is not None:
                 y, x = _place(start, N, H, W, ROWS)
                 here, taps = value.to(tl.float32), local + pair * (9 * E)
-                total, s0, s1, s2 = _three(
-                    grad_out, taps, here, total, s0, s1, s2, start, HEADS * E, y, x, H, W, 0, E, BLOCK_E, ROWS
+                around, s0, s1, s2 = _three(
+                    grad_out, taps, here, none, s0, s1, s2, start, HEADS * E, y, x, H, W, 0, E, BLOCK_E, ROWS
                 )
-                total, s3, s4, s5 = _three(
-                    grad_out, taps, here, total, s3, s4, s5, start, HEADS * E, y, x, H, W, 1, E, BLOCK_E, ROWS
+                around, s3, s4, s5 = _three(
+                    grad_out, taps, here, around, s3, s4, s5, start, HEADS * E, y, x, H, W, 1, E, BLOCK_E, ROWS
                 )
-                total, s6, s7, s8 = _three(
-                    grad_out, taps, here, total, s6, s7, s8, start, HEADS * E, y, x, H, W, 2, E, BLOCK_E, ROWS
+                around, s6, s7, s8 = _three(
+                    grad_out, taps, here, around, s6, s7, s8, start, HEADS * E, y, x, H, W, 2, E, BLOCK_E, ROWS
                 )
+                total += around
             _put(grad_v, total, start, last, GRAD_V, E)
     if EARLY:
         _put_vector(parts + program * (2 * D), tl.sum(grad_fourth, 0), D)

@@ -48,7 +48,9 @@ def collect(d: int, e: int, itemsize: int) -> Tile:
 @lru_cache
 def outputs(d: int, e: int, itemsize: int, local: bool) -> Tile:
     """Tile of the kernel that has tokens read it; a whole head is summed in the same tiles."""
-    return Tile(64, 4, 3) if itemsize == 2 and not local else Tile(32, 4, 3 if itemsize == 2 else 2)
+    if itemsize == 2:
+        return Tile(32 if local else 64, 4, 3)
+    return Tile(16 if local and _side(d, e) > 32 else 32, 4, 2)
 
 
 @lru_cache
