@@ -842,7 +842,8 @@ def main() -> None:
     result = {**environment(), "copy_bytes_per_second": bandwidth, "rows": []}
     print({key: value for key, value in result.items() if key != "rows"}, flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"ops-{torch.cuda.get_device_name().lower().replace(' ', '-')}.json"
+    kind = f"_{options.only}" if options.only else ""
+    path = options.output / f"ops-{torch.cuda.get_device_name().lower().replace(' ', '-')}{kind}.json"
     for name in [options.only] if options.only else sorted(OPERATORS):
         result["rows"] += OPERATORS[name](bandwidth, options.first, options.eager)
         path.write_text(json.dumps(result, indent=1) + "\n")  # after each, so that an interrupted run keeps what it has
