@@ -97,7 +97,7 @@ class ProgressiveNorm(nn.Module):
         self, channels: int, steps: int, warmup: int = 0, eps: float = 1e-5, keep_float32: bool = False
     ) -> None:
         super().__init__()
-        check_steps(steps, warmup)
+        check_steps(steps, warmup=warmup)
         self.warmup = warmup
         self.register_buffer("warm", torch.tensor(warmup))
         self.register_buffer("iter", torch.tensor(steps))
@@ -139,7 +139,7 @@ class ProgressiveNorm(nn.Module):
         Raises:
             ValueError: No steps, or a negative number of them done.
         """
-        check_steps(steps, done)
+        check_steps(steps, done=done)
         self.total_step.fill_(steps)
         self.warm.fill_(max(0, self.warmup - done))
         self.iter.fill_(min(steps, max(0, steps + self.warmup - done)))
@@ -149,16 +149,17 @@ class ProgressiveNorm(nn.Module):
         return self.norm2.scale_and_shift()
 
 
-def check_steps(steps: int, others: int) -> None:
+def check_steps(steps: int, **others: int) -> None:
     """What a schedule must hold.
 
     Raises:
-        ValueError: It has no steps, or the other number of steps is negative.
+        ValueError: It has no steps, or another number of steps is negative.
     """
-    if steps < 1 or others < 0:
-        raise ValueError(
-            f"a norm needs 1 step or more to turn into another, beside others 0 or more; got {steps}, {others}"
-        )
+    if steps < 1:
+        raise ValueError(f"a norm needs 1 step or more to turn into another, got {steps}")
+    for name, number in others.items():
+        if number < 0:
+            raise ValueError(f"{name} must be 0 or more, got {number}")
 
 
 def in_backward() -> bool:

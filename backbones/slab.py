@@ -82,7 +82,7 @@ class SlabFields:
 
     def check_fields(self, stages: int) -> None:
         """Raise where a schedule has no steps, or more stages are linear than there are."""
-        check_steps(1 if self.norm_steps is None else self.norm_steps, self.norm_warmup)
+        check_steps(1 if self.norm_steps is None else self.norm_steps, norm_warmup=self.norm_warmup)
         if not 0 <= self.linear_stages <= stages:
             raise ValueError(f"linear_stages must lie in 0..{stages}, the number of stages, got {self.linear_stages}")
 
