@@ -17,11 +17,13 @@ from vizoo.ops import gpu
 from vizoo.ops.registration import direct_function, kernel_operator
 from vizoo.ops.tracing import known
 
-from . import tiles
-
 MAX_SIDE = 128
+"""Channels of keys or values, in bfloat16."""
 MAX_SMALLER_SIDE = 64
+"""Channels of the other ones, and of both in dtypes whose products have float32 factors."""
 MAX_PITCH = 2**22
+ROWS = 32
+"""Tokens of a tile for who counts operations; those of the kernels depend on sizes."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -50,8 +52,9 @@ def unsupported_reasons(
     if len({each.dtype for each in decays}) > 1:
         reasons.append(f"the kernels take decays of one dtype, not {' and '.join(str(each.dtype) for each in decays)}")
     dk, dv = q.shape[3], v.shape[3]
-    if known(dk > MAX_SIDE) or known(dv > MAX_SIDE):
-        reasons.append(f"keys and values may have {MAX_SIDE} channels, these have {dk} and {dv}")
+    most = MAX_SIDE if q.dtype == torch.bfloat16 else MAX_SMALLER_SIDE
+    if known(dk > most) or known(dv > most):
+        reasons.append(f"keys and values of {q.dtype} may have {most} channels, these have {dk} and {dv}")
     elif known(dk > MAX_SMALLER_SIDE) and known(dv > MAX_SMALLER_SIDE):
         reasons.append(f"channels of keys or of values may exceed {MAX_SMALLER_SIDE}, not both: {dk} and {dv}")
     if any(known(each.stride(1) > MAX_PITCH) for each in (q, k, v, *decays)):
@@ -162,8 +165,7 @@ def _operations(q: Sequence[int], v: Sequence[int], reverse_decay: Any) -> tuple
     add decays up, or make up for rounding, are left out."""
     directions = 1 if reverse_decay is None else 2
     vectors = 2 * q[0] * q[1] * q[2]
-    rows = tiles.ROWS
-    return directions * vectors * q[3] * v[3], directions * vectors * rows * q[3], vectors * rows * v[3]
+    return directions * vectors * q[3] * v[3], directions * vectors * ROWS * q[3], vectors * ROWS * v[3]
 
 
 def _forward_flops(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton.language as tl
@@ -33,6 +33,7 @@ class _Call:
         scale: float,
         reverse: bool,
         normalizer: float | None,
+        choose: Callable[[int, int, bool], tiles.Tile],
     ) -> None:
         self.batch, self.tokens = q.shape[:2]
         # Kernels are compiled for these, so a tracer has to settle on them; batch and tokens may stay of any size.
@@ -45,7 +46,8 @@ class _Call:
         operand = OPERANDS.get(q.dtype, tl.float32)
         self.half = operand != tl.float32
         self.kept_dtype = q.dtype if self.half else torch.float32  # states are factors, too
-        self.rows = tiles.rows(self.dk, self.dv, self.half)
+        self.tile = choose(self.dk, self.dv, self.half)
+        self.rows = self.tile.rows
         self.tiles = (self.tokens + self.rows - 1) // self.rows
         self.factors = scale, 1.0 if normalizer is None else 1.0 / normalizer
         self.order = {"DIRECTIONS": self.directions, "REVERSE": int(reverse)}
@@ -57,13 +59,12 @@ class _Call:
             "BLOCK_V": tiles.power_of_two(self.dv),
             "NORMALIZED": normalizer is not None,
             "OPERAND": operand,
+            "ROWS": self.rows,
         }
+        self.launch = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
+        self.levels = {"LEVELS": self.rows.bit_length() - 1}
         self.inputs = self.q, self.k, self.v, self.decay, self.reverse_decay
         self.strides = [stride for each in (self.q, self.k, self.v, self.decay) for stride in each.stride()[:3]]
-
-    def tile(self, choose: Any) -> dict[str, int]:
-        tile = choose(self.dk, self.dv, self.half)
-        return {"ROWS": tile.rows, "num_warps": tile.warps, "num_stages": tile.stages}
 
     def state_like(self, *count: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """(batch, count, directions, heads, dk, dv)."""
@@ -105,10 +106,11 @@ class _Call:
         length: int,
         gradient: bool,
     ) -> None:
+        tile = tiles.states(self.dk, self.dv, self.half, self.rows)
         launchable(kernels.states)[(self.batch * chunks * self.directions * self.heads,)](
             left, right, self.decay, self.reverse_decay, starts, kept, ends, decays, self.tokens, chunks, length,
             *self.factors, *left.stride()[:3], *right.stride()[:3], *self.decay.stride()[:3],
-            GRADIENT=int(gradient), **self.constants, **self.tile(tiles.states),
+            GRADIENT=int(gradient), **self.constants, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 
@@ -124,7 +126,7 @@ def forward(
     normalizer: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Output, and of one direction the last state in float32."""
-    call = _Call(q, k, v, decay, reverse_decay, scale, reverse, normalizer)
+    call = _Call(q, k, v, decay, reverse_decay, scale, reverse, normalizer, tiles.outputs)
     out = q.new_empty(v.shape)
     one = reverse_decay is None
     if not out.numel():
@@ -133,7 +135,7 @@ def forward(
         kept, last = call.walked(call.k, call.v, _wide(initial), end=one)
         launchable(kernels.outputs)[(call.batch * call.tiles * call.heads,)](
             *call.inputs, kept, out, call.tokens, *call.factors, *call.strides,
-            LEVELS=call.rows.bit_length() - 1, **call.constants, **call.tile(tiles.outputs),
+            **call.levels, **call.constants, **call.launch,
         )  # fmt: skip
     return out, last.squeeze(1) if one and last is not None else q.new_empty(0, dtype=torch.float32)
 
@@ -152,7 +154,7 @@ def backward(
     normalizer: float | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, both decays and the initial state; None where there is no such input."""
-    call = _Call(q, k, v, decay, reverse_decay, scale, reverse, normalizer)
+    call = _Call(q, k, v, decay, reverse_decay, scale, reverse, normalizer, tiles.gradients)
     grad_out = grad_out.contiguous()
     grad_q, grad_k, grad_v, grad_decay = (each.new_empty(each.shape) for each in (q, k, v, decay))
     grad_reverse = None if reverse_decay is None else reverse_decay.new_empty(reverse_decay.shape)
@@ -164,7 +166,7 @@ def backward(
             launchable(kernels.gradients)[(call.batch * call.tiles * call.heads,)](
                 grad_out, *call.inputs, kept, after, grad_q, grad_k, grad_v, grad_decay, grad_reverse,
                 call.tokens, *call.factors, *call.strides,
-                LEVELS=call.rows.bit_length() - 1, **call.constants, **call.tile(tiles.gradients),
+                **call.levels, **call.constants, **call.launch,
             )  # fmt: skip
     elif initial is not None:
         grad_initial = _unchanged(call, grad_state)

@@ -64,13 +64,14 @@ def _directed(
 ) -> tuple[Tensor, Tensor]:
     """Output and last state of one direction; long sequences in segments, so that memory grows with length alone."""
     if reverse:
-        out, state = _directed(*(each.flip(1) for each in (q, k, v, decay)), state, False)
+        q, k, v, decay = (each.flip(1) for each in (q, k, v, decay))
+        out, state = _directed(q, k, v, decay, state, False)
         return out.flip(1), state
     if not known(q.shape[1] > SEGMENT):
         return _segment(q, k, v, decay, state)
     outs = []
     for parts in zip(*(each.split(SEGMENT, 1) for each in (q, k, v, decay)), strict=True):
-        out, state = _segment(*parts, state)
+        out, state = _segment(parts[0], parts[1], parts[2], parts[3], state)
         outs.append(out)
     assert state is not None
     return torch.cat(outs, 1), state

@@ -1,16 +1,13 @@
 """Launch parameters of the kernels of gated linear attention.
 
 All of them stay below 99 KiB of shared memory, the least that GPUs of compute capability 8.0 to 12.0 give a program.
-None of them has been searched for yet.
+They are chosen by what a compiler says of instructions and registers; none of them has been searched for yet.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 from typing import NamedTuple
-
-ROWS = 32
-"""Tokens of a tile, a power of two. They see each other by products; a tile reads and leaves a state each way."""
 
 SCANNED = 256
 """Numbers of a state that a program of `scan` carries from chunk to chunk."""
@@ -20,7 +17,7 @@ class Tile(NamedTuple):
     """How a kernel is launched.
 
     Attributes:
-        rows: Tokens that a program holds at a time; one number for all kernels of a pass.
+        rows: Tokens that a program holds at a time, a power of two from 16 on.
         warps: Warps of a program.
         stages: Loop iterations whose loads are in flight at once.
     """
@@ -35,29 +32,39 @@ def power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-@lru_cache
-def rows(dk: int, dv: int, half: bool) -> int:
-    """Tokens of a tile. Larger ones in float32 would not fit into registers."""
-    return ROWS if half or max(dk, dv) <= 64 else 16
+def _size(dk: int, dv: int) -> int:
+    """Numbers of a state."""
+    return power_of_two(dk) * power_of_two(dv)
 
 
-@lru_cache
-def states(dk: int, dv: int, half: bool) -> Tile:
-    """Tile of the kernel that walks through tokens with a state."""
-    wide = power_of_two(dk) * power_of_two(dv) > 4096
-    return Tile(rows(dk, dv, half), 8 if wide else 4, 3 if half else 2)
+# A warp takes 16 rows of a product at a time: more warps than rows / 16 would share them, and do more by themselves.
+# Whether that pays is a matter of registers.
 
 
 @lru_cache
 def outputs(dk: int, dv: int, half: bool) -> Tile:
-    """Tile of the kernel that has tokens read states and each other."""
-    return Tile(rows(dk, dv, half), 4)
+    """Tile of the kernel that has tokens read states and each other. Longer tiles leave fewer states to be kept."""
+    if half:
+        return Tile(32, 2 if _size(dk, dv) <= 2048 else 4)
+    return Tile(16, 2 if _size(dk, dv) <= 2048 else 4)
 
 
 @lru_cache
 def gradients(dk: int, dv: int, half: bool) -> Tile:
-    """Tile of the kernel that makes the gradients of a tile."""
-    return Tile(rows(dk, dv, half), 4 if half and max(dk, dv) <= 64 else 8)
+    """Tile of the kernel that makes the gradients of a tile. Longer ones would not fit into registers."""
+    size = _size(dk, dv)
+    if half:
+        return Tile(16, 1 if size <= 512 else 2 if size <= 2048 else 4 if size <= 4096 else 8)
+    return Tile(16, 4)
+
+
+@lru_cache
+def states(dk: int, dv: int, half: bool, rows: int) -> Tile:
+    """Tile of the kernel that walks through tiles of so many rows with a state.
+
+    Four warps would get Hopper's wide products for 64 channels of keys, which reach beyond short tiles in float32.
+    """
+    return Tile(rows, 2 if _size(dk, dv) <= 4096 else 4, 3 if half else 2)
 
 
 def chunk(tokens: int, walks: int, rows: int, processors: int) -> int:
