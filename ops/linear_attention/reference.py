@@ -97,5 +97,5 @@ def _with_local(out: Tensor, v: Tensor, kernels: Tensor, grid: tuple[int, int]) 
     total = out[:, leading:].unflatten(1, (H, W))
     for tap in range(9):
         row, column = tap // 3, tap % 3
-        total = total + image[:, row : row + H, column : column + W] * taps[tap]
+        total = torch.addcmul(total, image[:, row : row + H, column : column + W], taps[tap])
     return torch.cat([out[:, :leading], total.flatten(1, 2)], 1)
