@@ -698,7 +698,7 @@ def measure_selective_scan(bandwidth: float, first: int | None, eager: bool) -> 
     return rows
 
 
-ROUTED = {
+SCANNED_MAPS = {
     "vssm1_tiny stage 1": (128, 56, 56, 96, 6),
     "vssm1_tiny stage 2": (128, 28, 28, 192, 12),
     "vssm1_tiny stage 3": (128, 14, 14, 384, 24),
@@ -761,7 +761,7 @@ def measure_selective_scan_2d(bandwidth: float, first: int | None, eager: bool) 
         return copied_routes(**tensors)
 
     rows = []
-    for name, shape in list(ROUTED.items())[:first]:
+    for name, shape in list(SCANNED_MAPS.items())[:first]:
         tensors = routed_inputs(*shape)
         with torch.no_grad():
             check(ours(tensors), chain(tensors))
