@@ -337,8 +337,10 @@ class LinearWindowAttention(LinearMixer):
         places = window_places(height, width, side, self.shift(height, width), x.device)
         tokens = self.qkv(x).flatten(1, 2).index_select(1, places.source)
         tokens = torch.where(places.inside[:, None], tokens, self.padding().to(tokens.dtype))
-        out = self.mix(*tokens.view(-1, side, side, 3 * channels).chunk(3, -1))
-        return self.proj(out.view(x.shape[0], -1, channels).index_select(1, places.target).view(x.shape))
+        windows = x.shape[0] * (places.source.shape[0] // side**2)
+        out = self.mix(*tokens.view(windows, side, side, 3 * channels).chunk(3, -1))
+        out = out.view(x.shape[0], places.source.shape[0], channels)
+        return self.proj(out.index_select(1, places.target).view(x.shape))
 
     def shift(self, height: int, width: int) -> int:
         """How far windows are moved on a map of this size."""
@@ -620,11 +622,9 @@ def _family(name: str, model: type[Slab], config: type, variants: Mapping[str, V
         "Normalization, ICML 2024, arXiv 2405.11582",
         layouts=(OFFICIAL_LAYOUT,),
         bias_tables=r"relative_position_bias_table$",
-        tiny={"img_size": 64, "depths": (1, 1, 1, 1), "norm_steps": None, **tiny},
+        tiny={"img_size": 64, "depths": (1, 2), "norm_steps": None, **tiny},
     )
 
-
-_HEADS: dict[str, Any] = {"num_heads": (1, 2, 2, 4)}
 
 FAMILIES = (
     _family("slab_deit", SlabDeit, SlabDeitConfig, DEIT_VARIANTS, {"patch_size": 8, "embed_dim": 16, "num_heads": 2}),
@@ -634,11 +634,11 @@ FAMILIES = (
         SlabPvtConfig,
         PVT_VARIANTS,
         {
-            **_HEADS,
-            "embed_dims": (16, 16, 32, 32),
-            "mlp_ratios": (2, 2, 2, 2),
-            "linear_stages": 2,
-            "reductions": (1,) * 4,
+            "embed_dims": (16, 32),
+            "num_heads": (1, 2),
+            "mlp_ratios": (2, 2),
+            "linear_stages": 1,
+            "reductions": (1, 1),
         },
     ),
     _family(
@@ -646,14 +646,21 @@ FAMILIES = (
         SlabSwin,
         SlabSwinConfig,
         SWIN_VARIANTS,
-        {**_HEADS, "embed_dim": 16, "depths": (2, 1, 2, 1), "window_size": 4, "linear_window": 8},
+        {
+            "embed_dim": 16,
+            "depths": (2, 1),
+            "num_heads": (1, 2),
+            "linear_stages": 1,
+            "window_size": 4,
+            "linear_window": 8,
+        },
     ),
-    # Linear branches have a parameter that is not trained.
+    # Without linear attention, since that has a parameter here which is not trained.
     _family(
         "slab_cswin",
         SlabCswin,
         SlabCswinConfig,
         CSWIN_VARIANTS,
-        {"num_heads": (4, 4, 4, 4), "embed_dim": 16, "linear_stages": 0},
+        {"embed_dim": 16, "num_heads": (4, 4), "linear_stages": 0},
     ),
 )

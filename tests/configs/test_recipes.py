@@ -23,7 +23,7 @@ from vizoo.train.run import train
 from vizoo.train.settings import config_path, list_configs, load_config
 from vizoo.train.transforms import build_transform
 
-IMAGENET = [name for name in list_configs() if name.startswith("imagenet/swin")]
+IMAGENET = [name for name in list_configs() if re.match("imagenet/swin.*_patch4_", name)]
 SECTIONS = ("Command", "Hardware", "Time", "Expected", "Status")
 PROCESSES = 8
 
