@@ -77,8 +77,7 @@ def selective_scan_triton(
     inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     tensors = [tensor for tensor in inputs if tensor is not None]
     differentiate = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    tokens = tiles.tokens(u.shape[2], tiles.flat(A.shape[1], known(u.stride(2) == 1)))
-    arguments = (*inputs, softplus, reverse, return_state, differentiate, tokens, dtype)
+    arguments = (*inputs, softplus, reverse, return_state, differentiate, tiles.TOKENS, dtype)
     if not gpu.unwatched(*tensors) or (differentiate and return_state):
         out, last, _ = _forward(*arguments)
         return out, last

@@ -1,16 +1,21 @@
 """Triton kernels of the selective scan. A program walks along a sequence with a block of channels of one group.
 
-It holds T tokens x BLOCK_N states x BLOCK_C channels at a time. Tokens come first, so that where states and channels
-are enough for all threads, each thread has all tokens of a tile and scans them without the others. FLAT tiles, for one
-state, are T x BLOCK_C, and spread over threads as they lie in memory: a thread has a few tokens in a row.
-What flows from tile to tile is the state, forward, and a_t λ_t backward, λ being the gradient of the state.
-Long sequences are cut into splits for several programs; `split_ends` and `split_starts` find where each begins.
+It takes T tokens at a time, and one state after the other. A program is one warp whose lanes are channels: a thread has
+all tokens of a tile for its channel, so that scanning is arithmetic within a thread, and asks nobody.
+What flows from tile to tile is the state, forward, and a_t λ_t backward, λ being the gradient of the state. It waits in
+memory until its turn comes: a thread has no room for all states.
+
+`forward_rows`, for one state and tokens together in memory, instead lays a tile over threads as it lies in memory: a
+thread has a few tokens of a long row. Long sequences are cut into splits for several programs; `split_ends` and
+`split_starts` find where each begins.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -20,59 +25,16 @@ def _then(a1, b1, a2, b2):
 
 
 @triton.jit
+def _then_seen(a1, b1, k1, l1, a2, b2, k2, l2):
+    """The same, that also tells k h + l of what the last of them sees."""
+    return a1 * a2, a2 * b1 + b2, k2 * a1, k2 * b1 + l2
+
+
+@triton.jit
 def _then_back(a1, e1, f1, a2, e2, f2):
     """Gradient λ = e x + f of the state at a token, with x flowing into a run of tokens from beyond; a λ flows out."""
     through = e2 * a1
     return a2, through * e1, through * f1 + f2
-
-
-@triton.jit
-def _with_states(x, FLAT: tl.constexpr):
-    """(T, BLOCK_C) beside an axis of states."""
-    return x if FLAT else x[:, None, :]
-
-
-@triton.jit
-def _with_channels(x, FLAT: tl.constexpr):
-    """(T, BLOCK_N) beside an axis of channels; where that of states is missing, it has been loaded for each channel."""
-    return x if FLAT else x[:, :, None]
-
-
-@triton.jit
-def _with_tokens(x, FLAT: tl.constexpr):
-    """(BLOCK_N, BLOCK_C) beside an axis of tokens."""
-    return x if FLAT else x[None, :, :]
-
-
-@triton.jit
-def _over_states(x, FLAT: tl.constexpr):
-    return x if FLAT else tl.sum(x, 1)
-
-
-@triton.jit
-def _over_tokens(x, FLAT: tl.constexpr):
-    """Sums, (BLOCK_N, BLOCK_C)."""
-    return tl.sum(x, 0, keep_dims=True) if FLAT else tl.sum(x, 0)
-
-
-@triton.jit
-def _over_channels(x, FLAT: tl.constexpr, DOT: tl.constexpr):
-    """Sums, (T, BLOCK_N); on tensor cores if DOT, for which numbers are cut to tf32."""
-    if DOT:
-        rows = tl.reshape(x, (x.shape[0] * x.shape[1], x.shape[2]))
-        total = tl.dot(rows, tl.full((x.shape[2], 16), 1.0 / 16, tl.float32), input_precision="tf32")
-        total = tl.reshape(tl.sum(total, 1), (x.shape[0], x.shape[1]))
-    elif FLAT:
-        total = tl.sum(x, 1, keep_dims=True)
-    else:
-        total = tl.sum(x, 2)
-    return total
-
-
-@triton.jit
-def _tokens(T: tl.constexpr, FLAT: tl.constexpr):
-    token = tl.arange(0, T)
-    return token[:, None] if FLAT else token[:, None, None]
 
 
 @triton.jit
@@ -88,33 +50,63 @@ def _flipped(x, LOG_T: tl.constexpr):
 
 
 @triton.jit
-def _states(decay, drive, state, LOG_T: tl.constexpr, FLAT: tl.constexpr, REVERSE: tl.constexpr):
-    """State at each token of a tile, and after it."""
-    LAST: tl.constexpr = 2**LOG_T - 1
-    token = _tokens(LAST + 1, FLAT)
-    drive = tl.where(token == (LAST if REVERSE else 0), drive + decay * _with_tokens(state, FLAT), drive)
-    if REVERSE and not FLAT:
-        _, h = tl.associative_scan((_flipped(decay, LOG_T), _flipped(drive, LOG_T)), 0, _then)
-        h = _flipped(h, LOG_T)
-    else:
-        _, h = tl.associative_scan((decay, drive), 0, _then, reverse=REVERSE)
-    return h, _over_tokens(tl.where(token == (0 if REVERSE else LAST), h, 0.0), FLAT)
+def _turned(x, LOG_T: tl.constexpr, TURN: tl.constexpr):
+    return _flipped(x, LOG_T) if TURN else x
 
 
 @triton.jit
-def _adjoints(decay, direct, flow, LOG_T: tl.constexpr, FLAT: tl.constexpr, REVERSE: tl.constexpr):
-    """Gradient of the state at each token of a tile, and what flows out to the token before it."""
-    LAST: tl.constexpr = 2**LOG_T - 1
-    token = _tokens(LAST + 1, FLAT)
-    direct = tl.where(token == (0 if REVERSE else LAST), direct + _with_tokens(flow, FLAT), direct)
+def _picked(x, here, AXIS: tl.constexpr):
+    """The one number of an axis that is here. Adding integers, compilers see that all others are zero."""
+    return tl.sum(tl.where(here, x.to(tl.int32, bitcast=True), 0), AXIS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _states(decay, drive, state, LOG_T: tl.constexpr, REVERSE: tl.constexpr):
+    """State (T, C) at each token of a tile, and after it."""
+    token = tl.arange(0, 2**LOG_T)[:, None]
+    drive = tl.where(token == (2**LOG_T - 1 if REVERSE else 0), drive + decay * state[None, :], drive)
+    _, h = tl.associative_scan((_turned(decay, LOG_T, REVERSE), _turned(drive, LOG_T, REVERSE)), 0, _then)
+    return _turned(h, LOG_T, REVERSE), _picked(h, token == 2**LOG_T - 1, 0)
+
+
+@triton.jit
+def _states_seen(decay, drive, state, LOG_T: tl.constexpr, REVERSE: tl.constexpr):
+    """State (T, C) at each token of a tile, and before it."""
+    token = tl.arange(0, 2**LOG_T)[:, None]
+    drive = tl.where(token == (2**LOG_T - 1 if REVERSE else 0), drive + decay * state[None, :], drive)
+    nothing = tl.full(drive.shape, -(2**31), tl.int32).to(tl.float32, bitcast=True)  # -0.0, for x + 0.0 may not be x
+    seen = tl.where(token == 0, state[None, :], nothing)
+    one = tl.full(drive.shape, 1.0, tl.float32)
+    decay, drive = _turned(decay, LOG_T, REVERSE), _turned(drive, LOG_T, REVERSE)
+    _, h, _, seen = tl.associative_scan((decay, drive, one, seen), 0, _then_seen)
+    return _turned(h, LOG_T, REVERSE), _turned(seen, LOG_T, REVERSE)
+
+
+@triton.jit
+def _adjoints(decay, direct, flow, LOG_T: tl.constexpr, REVERSE: tl.constexpr):
+    """Gradient of the state at each token of a tile, (T, C), and what flows out to the token before it."""
+    token = tl.arange(0, 2**LOG_T)[:, None]
+    direct = tl.where(token == (0 if REVERSE else 2**LOG_T - 1), direct + flow[None, :], direct)
     one = tl.full(decay.shape, 1.0, tl.float32)
-    if REVERSE or FLAT:
-        _, _, grad = tl.associative_scan((decay, one, direct), 0, _then_back, reverse=not REVERSE)
-    else:
-        flipped = (_flipped(decay, LOG_T), one, _flipped(direct, LOG_T))
-        _, _, grad = tl.associative_scan(flipped, 0, _then_back)
-        grad = _flipped(grad, LOG_T)
-    return grad, _over_tokens(tl.where(token == (LAST if REVERSE else 0), decay * grad, 0.0), FLAT)
+    decay, direct = _turned(decay, LOG_T, not REVERSE), _turned(direct, LOG_T, not REVERSE)
+    _, _, grad = tl.associative_scan((decay, one, direct), 0, _then_back)
+    return _turned(grad, LOG_T, not REVERSE), _picked(decay * grad, token == 2**LOG_T - 1, 0)
+
+
+@triton.jit
+def _states_across(decay, drive, state, T: tl.constexpr, REVERSE: tl.constexpr):
+    """State at each token of a tile whose tokens lie over threads."""
+    first = tl.arange(0, T)[:, None] == (T - 1 if REVERSE else 0)
+    drive = tl.where(first, drive + decay * state[None, :], drive)
+    _, h = tl.associative_scan((decay, drive), 0, _then, reverse=REVERSE)
+    return h
+
+
+@triton.jit
+def _over_channels(x, n, total, PRECISION: tl.constexpr):
+    """Adds sums over channels of (T, C) to column n of a total: tensor cores spare threads the exchange."""
+    sums = tl.dot(x, tl.full((x.shape[1], total.shape[1]), 1.0, tl.float32), input_precision=PRECISION)
+    return tl.where(tl.arange(0, total.shape[1])[None, :] == n, total + sums, total)
 
 
 @triton.jit
@@ -123,7 +115,7 @@ def _softplus(v):
 
     The logarithm itself takes longer than the rest of a token. Beyond v = 20 this is v to the last digit.
     """
-    t = tl.exp(-tl.abs(v))
+    t = tl.exp2(-tl.abs(v) * LOG2E)
     p = 0.04408963769674301 - 0.008539210073649883 * t
     p = 0.17745241522789001 - t * (0.10768172144889832 - t * p)
     p = 0.33275479078292847 - t * (0.24495463073253632 - t * p)
@@ -133,75 +125,68 @@ def _softplus(v):
 
 @triton.jit
 def _sigmoid(v):
-    t = tl.exp(-tl.abs(v))
+    t = tl.exp2(-tl.abs(v) * LOG2E)
     return tl.where(v < 0.0, t, 1.0) / (1.0 + t)
 
 
 @triton.jit
-def _step(delta, bias, offset, real, SOFTPLUS: tl.constexpr):
+def _step(delta, bias, offset, real, SOFTPLUS: tl.constexpr, HELD: tl.constexpr = True):
     """Steps of a tile, zero where there is nothing, and what they were before softplus."""
-    v = tl.load(delta + offset, mask=real, other=0.0).to(tl.float32) + bias
+    v = _tile(delta, offset, real, HELD) + bias[None, :]
     step = _softplus(v) if SOFTPLUS else v
     return tl.where(real, step, 0.0), v
 
 
 @triton.jit
+def _held(x):
+    """The same tile (T, C), each thread holding all tokens of its channels.
+
+    Whoever splits a tensor needs both halves in a thread. Splitting tokens into even and odd, then into early and late
+    ones, no layout is left that a load could have but the one in question.
+    """
+    HALF: tl.constexpr = x.shape[0] // 2
+    even, odd = tl.split(tl.trans(tl.reshape(x, (HALF, 2, x.shape[1])), (0, 2, 1)))
+    x = tl.reshape(tl.trans(tl.join(even, odd), (0, 2, 1)), x.shape)
+    early, late = tl.split(tl.trans(tl.reshape(x, (2, HALF, x.shape[1])), (1, 2, 0)))
+    return tl.reshape(tl.trans(tl.join(early, late), (2, 0, 1)), x.shape)
+
+
+@triton.jit
+def _tile(pointer, offset, real, HELD: tl.constexpr = True):
+    tile = tl.load(pointer + offset, mask=real, other=0.0)
+    return (_held(tile) if HELD else tile).to(tl.float32)
+
+
+@triton.jit
 def _offsets(batch, channel, stride_b, stride_c, stride_t, T: tl.constexpr):
-    """Of the first tile of the block's channels, (T, BLOCK_C)."""
+    """Of the first tile of the block's channels, (T, C)."""
     rows = batch.to(tl.int64) * stride_b + channel.to(tl.int64) * stride_c
     return (tl.arange(0, T) * stride_t)[:, None] + rows[None, :]
 
 
 @triton.jit
-def _map_offsets(batch, group, stride_b, stride_g, stride_n, stride_t, T: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of the first tile of the group's map, (T, BLOCK_N)."""
-    inner = (tl.arange(0, T) * stride_t)[:, None] + (tl.arange(0, BLOCK_N) * stride_n)[None, :]
-    return batch.to(tl.int64) * stride_b + group.to(tl.int64) * stride_g + inner
+def _map(pointer, stride, left, T: tl.constexpr, TOGETHER: tl.constexpr):
+    """B or C of one state at the tokens of a tile, (T, 1), of which so many are left in the sequence.
 
-
-@triton.jit
-def _load_map(pointer, real, there, FLAT: tl.constexpr):
-    """A tile of B or C in float32. In flat tiles each thread reads what its channels need, as it reads u."""
-    if FLAT:
-        tile = tl.load(tl.broadcast_to(pointer, real.shape), mask=real, other=0.0)
-    elif there.shape[1] == 1:
-        # As many places as threads of a warp, so that each token is read by one of them, not all of them by each.
-        reader = tl.arange(0, 32)[None, :]
-        tile = tl.load(tl.broadcast_to(pointer, (there.shape[0], 32)), mask=there & (reader == 0), other=0.0)
-        tile = tl.sum(tile.to(tl.float32), 1, keep_dims=True)
+    All threads read the same. Where tokens are not together, the last one stands for those that are not there: a mask
+    for each token would take longer than what is done with it.
+    """
+    token = tl.arange(0, T)
+    if TOGETHER:
+        row = tl.load(pointer + token * stride, mask=token < left, other=0.0)
     else:
-        tile = tl.load(pointer, mask=there, other=0.0)
-    return tile.to(tl.float32)
-
-
-@triton.jit
-def _state_offsets(row, channel, CHANNELS: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of one row of states (N, CHANNELS)."""
-    places = (tl.arange(0, BLOCK_N) * CHANNELS)[:, None] + channel[None, :]
-    return row.to(tl.int64) * (N * CHANNELS) + places
+        row = tl.load(pointer + tl.minimum(token, left - 1) * stride)
+    return row.to(tl.float32)[:, None]
 
 
 @triton.jit
 def _vector(pointer, channel, mine):
-    """Parameters of the block's channels, (1, BLOCK_C); zeros if there are none."""
+    """Numbers of the block's channels, (C,); zeros if there are none."""
     if pointer is None:
         vector = tl.zeros(channel.shape, tl.float32)
     else:
         vector = tl.load(pointer + channel, mask=mine, other=0.0).to(tl.float32)
-    return vector[None, :]
-
-
-@triton.jit
-def _rates(A, channel, mine, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A (CHANNELS, N) of the block, (BLOCK_N, BLOCK_C)."""
-    n = tl.arange(0, BLOCK_N)
-    rate = tl.load(A + channel[None, :] * N + n[:, None], mask=(n < N)[:, None] & mine[None, :], other=0.0)
-    return rate.to(tl.float32)
-
-
-@triton.jit
-def _kept_states(mine, N: tl.constexpr, BLOCK_N: tl.constexpr):
-    return (tl.arange(0, BLOCK_N) < N)[:, None] & mine[None, :]
+    return vector
 
 
 @triton.jit
@@ -225,75 +210,147 @@ def forward(
     u, delta, A, B, C, D, z, bias, start, out, last, states, L, tiles, tiles_each, splits,
     u_b, u_c, u_t, delta_b, delta_c, delta_t, z_b, z_c, z_t, out_b, out_c, out_t,
     B_b, B_g, B_n, B_t, C_b, C_g, C_n, C_t,
-    GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr,
-    LOG_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,
+    LOG_T: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Output; the state at the start of each tile, (batch, tiles, N, channels), and the last, (batch, N, channels).
+    """Output; the state before each tile in the order of the scan, (batch, tiles, N, channels), and the last of all.
 
-    `start` holds the state before each split, (batch, splits, N, channels). What is None is zero, or not written.
+    Without KEEP there is one place for the states of a split, (batch, splits, N, channels). Such is `start`, the state
+    before each split; the last is (batch, N, channels). What is None is zero, or not written. A is (N, channels).
     """
     batch, split, group, _block, channel, mine = _place(splits, BLOCKS, GROUPS, EACH, BLOCK_C)
     T: tl.constexpr = 2**LOG_T
-    CHANNELS: tl.constexpr = GROUPS * EACH
+    ROW: tl.constexpr = N * GROUPS * EACH
     L = _multiple(L, ALIGN)
     u += _offsets(batch, channel, _multiple(u_b, ALIGN), _multiple(u_c, ALIGN), u_t, T)
     delta += _offsets(batch, channel, _multiple(delta_b, ALIGN), _multiple(delta_c, ALIGN), delta_t, T)
     out += _offsets(batch, channel, _multiple(out_b, ALIGN), _multiple(out_c, ALIGN), out_t, T)
     if z is not None:
         z += _offsets(batch, channel, _multiple(z_b, ALIGN), _multiple(z_c, ALIGN), z_t, T)
-    B += _map_offsets(batch, group, _multiple(B_b, ALIGN), _multiple(B_g, ALIGN), B_n, B_t, T, BLOCK_N)
-    C += _map_offsets(batch, group, _multiple(C_b, ALIGN), _multiple(C_g, ALIGN), C_n, C_t, T, BLOCK_N)
-    rate = _rates(A, channel, mine, N, BLOCK_N) * 1.4426950408889634
+    B += batch.to(tl.int64) * _multiple(B_b, ALIGN) + group.to(tl.int64) * _multiple(B_g, ALIGN)
+    C += batch.to(tl.int64) * _multiple(C_b, ALIGN) + group.to(tl.int64) * _multiple(C_g, ALIGN)
     skip, bias = _vector(D, channel, mine), _vector(bias, channel, mine)
-    kept = _kept_states(mine, N, BLOCK_N)
-    state = rate * 0.0
+    row = (batch * splits + split).to(tl.int64)
     if start is not None:
-        place = _state_offsets(batch * splits + split, channel, CHANNELS, N, BLOCK_N)
-        state = tl.load(start + place, mask=kept, other=0.0)
-    for i in range(tl.minimum(tiles_each, tiles - split * tiles_each)):
+        start += row * ROW
+    states += (batch.to(tl.int64) * tiles + split * tiles_each if KEEP else row) * ROW
+    for n in range(N):
+        state = tl.zeros((BLOCK_C,), tl.float32)
+        if start is not None:
+            state = _vector(start + n * (GROUPS * EACH), channel, mine)
+        tl.store(states + n * (GROUPS * EACH) + channel, state, mask=mine)
+    count = tl.minimum(tiles_each, tiles - split * tiles_each)
+    for i in range(count):
         tile = split * tiles_each + i
         if REVERSE:
             tile = tiles - 1 - tile
-        if states is not None:
-            tl.store(states + _state_offsets(batch * tiles + tile, channel, CHANNELS, N, BLOCK_N), state, mask=kept)
         first = tile.to(tl.int64) * T
-        token = tile * T + tl.arange(0, T)
-        real = (token < L)[:, None] & mine[None, :]
-        there = (token < L)[:, None] & (tl.arange(0, BLOCK_N) < N)[None, :]
+        left = L - tile * T
+        real = (tl.arange(0, T) < left)[:, None] & mine[None, :]
         step, _v = _step(delta, bias, first * delta_t, real, SOFTPLUS)
-        x = tl.load(u + first * u_t, mask=real, other=0.0).to(tl.float32)
-        b = _load_map(B + first * B_t, real, there, FLAT)
-        c = _load_map(C + first * C_t, real, there, FLAT)
-        decay = tl.exp2(_with_states(step, FLAT) * _with_tokens(rate, FLAT))
-        drive = _with_states(step * x, FLAT) * _with_channels(b, FLAT)
-        h, state = _states(decay, drive, state, LOG_T, FLAT, REVERSE)
-        y = _over_states(h * _with_channels(c, FLAT), FLAT) + skip * x
+        x = _tile(u, first * u_t, real)
+        y = skip[None, :] * x
+        x *= step
+        onward = states + ROW if KEEP else states
+        tl.debug_barrier()  # what is read has been written by whom it may concern
+        for some in range(0, N, UNROLL):
+            for k in tl.static_range(UNROLL):
+                n = some + k
+                rate = _vector(A + n * (GROUPS * EACH), channel, mine) * LOG2E
+                b = _map(B + first * B_t + n * _multiple(B_n, ALIGN), B_t, left, T, ALIGN > 1)
+                c = _map(C + first * C_t + n * _multiple(C_n, ALIGN), C_t, left, T, ALIGN > 1)
+                state = _vector(states + n * (GROUPS * EACH), channel, mine)
+                decay = tl.exp2(step * rate[None, :])
+                h, state = _states(decay, x * b, state, LOG_T, REVERSE)
+                y += h * c
+                tl.store(onward + n * (GROUPS * EACH) + channel, state, mask=mine & (i + 1 < count))
+                if last is not None:
+                    end = last + batch.to(tl.int64) * ROW + n * (GROUPS * EACH)
+                    tl.store(end + channel, state, mask=mine & (split == splits - 1) & (i + 1 == count))
+        states = onward
         if z is not None:
-            gate = tl.load(z + first * z_t, mask=real, other=0.0).to(tl.float32)
+            gate = _tile(z, first * z_t, real)
+            y *= gate * _sigmoid(gate)
+        tl.store(out + first * out_t, y.to(out.dtype.element_ty), mask=real)
+
+
+@triton.jit(do_not_specialize=["tiles", "tiles_each", "splits"])
+def forward_rows(
+    u, delta, A, B, C, D, z, bias, start, out, last, states, L, tiles, tiles_each, splits,
+    u_b, u_c, u_t, delta_b, delta_c, delta_t, z_b, z_c, z_t, out_b, out_c, out_t,
+    B_b, B_g, B_n, B_t, C_b, C_g, C_n, C_t,
+    GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, LOG_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, LOG_ROWS: tl.constexpr,
+):  # fmt: skip
+    """What `forward` does, for one state and tokens together in memory, with rows of so many tiles at a time."""
+    batch, split, group, _block, channel, mine = _place(splits, BLOCKS, GROUPS, EACH, BLOCK_C)
+    SHORT: tl.constexpr = 2**LOG_T
+    TILES: tl.constexpr = 2**LOG_ROWS
+    T: tl.constexpr = SHORT * TILES
+    CHANNELS: tl.constexpr = GROUPS * EACH
+    token = tl.arange(0, T)
+    L = _multiple(L, ALIGN)
+    u += _offsets(batch, channel, _multiple(u_b, ALIGN), _multiple(u_c, ALIGN), u_t, T)
+    delta += _offsets(batch, channel, _multiple(delta_b, ALIGN), _multiple(delta_c, ALIGN), delta_t, T)
+    out += _offsets(batch, channel, _multiple(out_b, ALIGN), _multiple(out_c, ALIGN), out_t, T)
+    if z is not None:
+        z += _offsets(batch, channel, _multiple(z_b, ALIGN), _multiple(z_c, ALIGN), z_t, T)
+    B += batch.to(tl.int64) * _multiple(B_b, ALIGN) + group.to(tl.int64) * _multiple(B_g, ALIGN)
+    C += batch.to(tl.int64) * _multiple(C_b, ALIGN) + group.to(tl.int64) * _multiple(C_g, ALIGN)
+    rate = _vector(A, channel, mine) * LOG2E
+    skip, bias = _vector(D, channel, mine), _vector(bias, channel, mine)
+    state = tl.zeros((BLOCK_C,), tl.float32)
+    if start is not None:
+        state = _vector(start + (batch * splits + split).to(tl.int64) * CHANNELS, channel, mine)
+    begin = split * tiles_each
+    end = tl.minimum(begin + tiles_each, tiles)
+    if states is not None:
+        states += batch.to(tl.int64) * tiles * CHANNELS
+        tl.store(states + begin.to(tl.int64) * CHANNELS + channel, state, mask=mine)
+    for tile in range(begin, end, TILES):
+        at = (tiles - tile - TILES if REVERSE else tile) * SHORT
+        first = at.to(tl.int64)
+        real = ((at + token >= 0) & (at + token < L))[:, None] & mine[None, :]
+        step, _v = _step(delta, bias, first * delta_t, real, SOFTPLUS, False)
+        x = _tile(u, first * u_t, real, False)
+        # Each thread reads what its channels need of maps, as it reads u.
+        b = _tile(tl.broadcast_to(B + (token * B_t)[:, None], (T, BLOCK_C)), first * B_t, real, False)
+        c = _tile(tl.broadcast_to(C + (token * C_t)[:, None], (T, BLOCK_C)), first * C_t, real, False)
+        h = _states_across(tl.exp2(step * rate[None, :]), step * x * b, state, T, REVERSE)
+        state = _picked(h, token[:, None] == (0 if REVERSE else T - 1), 0)
+        if states is not None:
+            order = tl.arange(0, SHORT)[None, :, None]
+            kept = _picked(tl.reshape(h, (TILES, SHORT, BLOCK_C)), order == (0 if REVERSE else SHORT - 1), 1)
+            after = tl.arange(0, TILES)
+            after = tile + (TILES - after if REVERSE else after + 1)
+            place = states + (after.to(tl.int64) * CHANNELS)[:, None] + channel[None, :]
+            tl.store(place, kept, mask=(after < end)[:, None] & mine[None, :])
+        y = h * c + skip[None, :] * x
+        if z is not None:
+            gate = _tile(z, first * z_t, real, False)
             y *= gate * _sigmoid(gate)
         tl.store(out + first * out_t, y.to(out.dtype.element_ty), mask=real)
     if last is not None:
-        place = last + _state_offsets(batch, channel, CHANNELS, N, BLOCK_N)
-        tl.store(place, state, mask=kept & (split == splits - 1))
+        tl.store(last + batch.to(tl.int64) * CHANNELS + channel, state, mask=mine & (split == splits - 1))
 
 
 @triton.jit(do_not_specialize=["tiles", "tiles_each", "splits"])
 def backward(
-    grad, u, delta, A, B, C, D, z, bias, states, flows,
+    grad, u, delta, A, B, C, D, z, bias, states, flows, waiting,
     grad_u, grad_delta, grad_z, parts_B, parts_C, parts_A, parts_D, parts_bias, grad_start,
     L, tiles, tiles_each, splits,
     g_b, g_c, g_t, u_b, u_c, u_t, delta_b, delta_c, delta_t, z_b, z_c, z_t, out_b, out_c, out_t,
     B_b, B_g, B_n, B_t, C_b, C_g, C_n, C_t, part, part_b, part_g, part_n, part_t,
-    GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr,
-    LOG_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr,
+    GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,
+    LOG_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
+    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of u, delta and z; each block's part of those of B and C, each program's of those of A, D and bias.
 
-    `flows` holds what flows into each split from the one behind it, (batch, splits, N, channels), `grad_start`, of
-    the shape of a state, what flows out in the end. Parts of A are (batch, splits, N, channels), of D and bias
-    (batch, splits, channels).
+    `flows` holds what flows into each split from the one behind it, (batch, splits, N, channels), `waiting`, alike, is
+    where it waits between tiles, and `grad_start`, (batch, N, channels), takes what flows out in the end. Parts of A
+    are (batch, splits, N, channels), of D and bias (batch, splits, channels). A is (N, channels).
     """
     batch, split, group, block, channel, mine = _place(splits, BLOCKS, GROUPS, EACH, BLOCK_C)
     T: tl.constexpr = 2**LOG_T
@@ -305,87 +362,102 @@ def backward(
     places = _offsets(batch, channel, _multiple(out_b, ALIGN), _multiple(out_c, ALIGN), out_t, T)
     if z is not None:
         z += _offsets(batch, channel, _multiple(z_b, ALIGN), _multiple(z_c, ALIGN), z_t, T)
-    B += _map_offsets(batch, group, _multiple(B_b, ALIGN), _multiple(B_g, ALIGN), B_n, B_t, T, BLOCK_N)
-    C += _map_offsets(batch, group, _multiple(C_b, ALIGN), _multiple(C_g, ALIGN), C_n, C_t, T, BLOCK_N)
-    map_places = _map_offsets(batch, group, part_b, part_g, part_n, part_t, T, BLOCK_N) + block.to(tl.int64) * part
-    A_rate = _rates(A, channel, mine, N, BLOCK_N)
-    rate = A_rate * 1.4426950408889634
+    B += batch.to(tl.int64) * _multiple(B_b, ALIGN) + group.to(tl.int64) * _multiple(B_g, ALIGN)
+    C += batch.to(tl.int64) * _multiple(C_b, ALIGN) + group.to(tl.int64) * _multiple(C_g, ALIGN)
+    n_there = tl.arange(0, BLOCK_N) < N
+    map_places = (tl.arange(0, T) * part_t)[:, None] + (tl.arange(0, BLOCK_N) * part_n)[None, :]
+    map_places += block.to(tl.int64) * part + batch.to(tl.int64) * part_b + group.to(tl.int64) * part_g
     skip, bias = _vector(D, channel, mine), _vector(bias, channel, mine)
-    kept = _kept_states(mine, N, BLOCK_N)
-    row = batch * splits + split
-    flow = rate * 0.0
-    if flows is not None:
-        flow = tl.load(flows + _state_offsets(row, channel, CHANNELS, N, BLOCK_N), mask=kept, other=0.0)
-    by_A = tl.zeros((T if FLAT else BLOCK_N, BLOCK_C), tl.float32)
-    by_D, by_bias = tl.zeros((T, BLOCK_C), tl.float32), tl.zeros((T, BLOCK_C), tl.float32)
+    row = (batch * splits + split).to(tl.int64)
+    waiting += row * (N * CHANNELS)
+    parts_A += row * (N * CHANNELS)
+    for n in range(N):
+        flow = tl.zeros((BLOCK_C,), tl.float32)
+        if flows is not None:
+            flow = _vector(flows + row * (N * CHANNELS) + n * CHANNELS, channel, mine)
+        tl.store(waiting + n * CHANNELS + channel, flow, mask=mine)
+        tl.store(parts_A + n * CHANNELS + channel, tl.zeros((BLOCK_C,), tl.float32), mask=mine)
+    by_D, by_bias = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     count = tl.minimum(tiles_each, tiles - split * tiles_each)
+    states += (batch.to(tl.int64) * tiles + split * tiles_each + count) * (N * CHANNELS)
     for i in range(count):
         tile = split * tiles_each + count - 1 - i
         if REVERSE:
             tile = tiles - 1 - tile
+        states -= N * CHANNELS
         first = tile.to(tl.int64) * T
-        token = tile * T + tl.arange(0, T)
-        real = (token < L)[:, None] & mine[None, :]
-        there = (token < L)[:, None] & (tl.arange(0, BLOCK_N) < N)[None, :]
-        state = tl.load(
-            states + _state_offsets(batch * tiles + tile, channel, CHANNELS, N, BLOCK_N), mask=kept, other=0.0
-        )
+        left = L - tile * T
+        there = tl.arange(0, T) < left
+        real = there[:, None] & mine[None, :]
         step, v = _step(delta, bias, first * delta_t, real, SOFTPLUS)
-        x = tl.load(u + first * u_t, mask=real, other=0.0).to(tl.float32)
-        b = _load_map(B + first * B_t, real, there, FLAT)
-        c = _load_map(C + first * C_t, real, there, FLAT)
-        by_y = tl.load(grad + first * g_t, mask=real, other=0.0).to(tl.float32)
-        decay = tl.exp2(_with_states(step, FLAT) * _with_tokens(rate, FLAT))
-        drive = _with_states(step * x, FLAT) * _with_channels(b, FLAT)
-        h, _state = _states(decay, drive, state, LOG_T, FLAT, REVERSE)
+        x = _tile(u, first * u_t, real)
+        by_out = _tile(grad, first * g_t, real)
+        by_y = by_out
         if z is not None:
-            gate = tl.load(z + first * z_t, mask=real, other=0.0).to(tl.float32)
+            gate = _tile(z, first * z_t, real)
+            by_y *= gate * _sigmoid(gate)
+            y = skip[None, :] * x
+        taken = step * x
+        by_taken, by_step = tl.zeros((T, BLOCK_C), tl.float32), tl.zeros((T, BLOCK_C), tl.float32)
+        by_B, by_C = tl.zeros((T, BLOCK_N), tl.float32), tl.zeros((T, BLOCK_N), tl.float32)
+        tl.debug_barrier()  # what is read has been written by whom it may concern
+        for some in range(0, N, UNROLL):
+            for k in tl.static_range(UNROLL):
+                n = some + k
+                rate = _vector(A + n * CHANNELS, channel, mine)
+                b = _map(B + first * B_t + n * _multiple(B_n, ALIGN), B_t, left, T, ALIGN > 1)
+                c = _map(C + first * C_t + n * _multiple(C_n, ALIGN), C_t, left, T, ALIGN > 1)
+                state = _vector(states + n * CHANNELS, channel, mine)
+                flow = _vector(waiting + n * CHANNELS, channel, mine)
+                by_rate = _vector(parts_A + n * CHANNELS, channel, mine)
+                decay = tl.exp2(step * (rate * LOG2E)[None, :])
+                h, seen = _states_seen(decay, taken * b, state, LOG_T, REVERSE)
+                if z is not None:
+                    y += h * c
+                by_C = _over_channels(h * by_y, n, by_C, PRECISION)
+                by_h, flow = _adjoints(decay, by_y * c, flow, LOG_T, REVERSE)
+                by_B = _over_channels(by_h * taken, n, by_B, PRECISION)
+                by_taken += by_h * b
+                by_exponent = by_h * (decay * seen)
+                by_step += by_exponent * rate[None, :]
+                by_rate += tl.sum(by_exponent * step, 0)
+                tl.store(waiting + n * CHANNELS + channel, flow, mask=mine)
+                tl.store(parts_A + n * CHANNELS + channel, by_rate, mask=mine)
+                if grad_start is not None:
+                    begin = grad_start + batch.to(tl.int64) * (N * CHANNELS) + n * CHANNELS
+                    tl.store(begin + channel, flow, mask=mine & (split == 0) & (i + 1 == count))
+        if z is not None:
             open = _sigmoid(gate)
-            y = _over_states(h * _with_channels(c, FLAT), FLAT) + skip * x
-            by_z = by_y * y * open * (1.0 + gate * (1.0 - open))
+            by_z = by_out * y * open * (1.0 + gate * (1.0 - open))
             tl.store(grad_z + places + first * out_t, by_z.to(grad_z.dtype.element_ty), mask=real)
-            by_y *= gate * open
-        direct = _with_states(by_y, FLAT) * _with_channels(c, FLAT)
-        by_h, flow = _adjoints(decay, direct, flow, LOG_T, FLAT, REVERSE)
-        # Of the decayed state before: what has come in is known, and taken off again. Of a state of which nothing is
-        # left, a rounding would remain, which long steps make large.
-        by_decay = by_h * tl.where(decay > 0.0, h - drive, 0.0)
-        by_drive = _over_states(by_h * _with_channels(b, FLAT), FLAT)
-        by_step = _over_states(by_decay * _with_tokens(A_rate, FLAT), FLAT) + by_drive * x
+        if N > 1:  # read again what would have taken room from states
+            x = _tile(u, first * u_t, real)
+            v = _tile(delta, first * delta_t, real) + bias[None, :]
+        by_step += by_taken * x
         if SOFTPLUS:
             by_step *= _sigmoid(v)
         by_step = tl.where(real, by_step, 0.0)
-        by_x = step * by_drive + skip * by_y
+        by_x = step * by_taken + skip[None, :] * by_y
         tl.store(grad_u + places + first * out_t, by_x.to(grad_u.dtype.element_ty), mask=real)
         tl.store(grad_delta + places + first * out_t, by_step.to(grad_delta.dtype.element_ty), mask=real)
-        by_b = _over_channels(by_h * _with_states(step * x, FLAT), FLAT, DOT)
-        by_c = _over_channels(h * _with_states(by_y, FLAT), FLAT, DOT)
-        tl.store(parts_B + map_places + first * part_t, by_b, mask=there)
-        tl.store(parts_C + map_places + first * part_t, by_c, mask=there)
-        by_rate = by_decay * _with_states(step, FLAT)
-        by_A += by_rate if FLAT else tl.sum(by_rate, 0)  # flat tiles add their tokens up in the end
-        by_D += by_y * x
-        by_bias += by_step
-    if FLAT:
-        by_A = tl.sum(by_A, 0, keep_dims=True)
-    tl.store(parts_A + _state_offsets(row, channel, CHANNELS, N, BLOCK_N), by_A, mask=kept)
-    vector = row.to(tl.int64) * CHANNELS + channel
+        inside = there[:, None] & n_there[None, :]
+        tl.store(parts_B + map_places + first * part_t, by_B, mask=inside)
+        tl.store(parts_C + map_places + first * part_t, by_C, mask=inside)
+        by_D += tl.sum(by_y * x, 0)
+        by_bias += tl.sum(by_step, 0)
     if D is not None:
-        tl.store(parts_D + vector, tl.sum(by_D, 0), mask=mine)
+        tl.store(parts_D + row * CHANNELS + channel, by_D, mask=mine)
     if parts_bias is not None:
-        tl.store(parts_bias + vector, tl.sum(by_bias, 0), mask=mine)
-    if grad_start is not None:
-        place = grad_start + _state_offsets(batch, channel, CHANNELS, N, BLOCK_N)
-        tl.store(place, flow, mask=kept & (split == 0))
+        tl.store(parts_bias + row * CHANNELS + channel, by_bias, mask=mine)
 
 
 @triton.jit(do_not_specialize=["tiles", "tiles_each", "splits"])
 def split_ends(
     x, delta, A, M, z, bias, ends, sums, L, tiles, tiles_each, splits,
     x_b, x_c, x_t, delta_b, delta_c, delta_t, z_b, z_c, z_t, M_b, M_g, M_n, M_t,
-    GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr,
-    LOG_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, BACKWARD: tl.constexpr,
+    GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,
+    LOG_T: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """What each split adds to what flows through it, (batch, splits, N, channels), and the sum of its steps.
 
@@ -394,43 +466,49 @@ def split_ends(
     batch, split, group, _block, channel, mine = _place(splits, BLOCKS, GROUPS, EACH, BLOCK_C)
     T: tl.constexpr = 2**LOG_T
     CHANNELS: tl.constexpr = GROUPS * EACH
-    TOWARDS_FIRST: tl.constexpr = REVERSE != BACKWARD
+    FROM_LAST: tl.constexpr = REVERSE == BACKWARD
     L = _multiple(L, ALIGN)
     x += _offsets(batch, channel, _multiple(x_b, ALIGN), _multiple(x_c, ALIGN), x_t, T)
     delta += _offsets(batch, channel, _multiple(delta_b, ALIGN), _multiple(delta_c, ALIGN), delta_t, T)
     if z is not None:
         z += _offsets(batch, channel, _multiple(z_b, ALIGN), _multiple(z_c, ALIGN), z_t, T)
-    M += _map_offsets(batch, group, _multiple(M_b, ALIGN), _multiple(M_g, ALIGN), M_n, M_t, T, BLOCK_N)
-    rate = _rates(A, channel, mine, N, BLOCK_N) * 1.4426950408889634
+    M += batch.to(tl.int64) * _multiple(M_b, ALIGN) + group.to(tl.int64) * _multiple(M_g, ALIGN)
     bias = _vector(bias, channel, mine)
-    end, steps = rate * 0.0, tl.zeros((1, BLOCK_C), tl.float32)
+    row = (batch * splits + split).to(tl.int64)
+    ends += row * (N * CHANNELS)
+    for n in range(N):
+        tl.store(ends + n * CHANNELS + channel, tl.zeros((BLOCK_C,), tl.float32), mask=mine)
+    steps = tl.zeros((BLOCK_C,), tl.float32)
     count = tl.minimum(tiles_each, tiles - split * tiles_each)
     for i in range(count):
         tile = split * tiles_each + (count - 1 - i if BACKWARD else i)
         if REVERSE:
             tile = tiles - 1 - tile
         first = tile.to(tl.int64) * T
-        token = tile * T + tl.arange(0, T)
-        real = (token < L)[:, None] & mine[None, :]
-        there = (token < L)[:, None] & (tl.arange(0, BLOCK_N) < N)[None, :]
+        left = L - tile * T
+        real = (tl.arange(0, T) < left)[:, None] & mine[None, :]
         step, _v = _step(delta, bias, first * delta_t, real, SOFTPLUS)
-        added = tl.load(x + first * x_t, mask=real, other=0.0).to(tl.float32)
+        added = _tile(x, first * x_t, real)
         if z is not None:
-            gate = tl.load(z + first * z_t, mask=real, other=0.0).to(tl.float32)
+            gate = _tile(z, first * z_t, real)
             added *= gate * _sigmoid(gate)
-        m = _load_map(M + first * M_t, real, there, FLAT)
-        behind = tl.cumsum(step, 0, reverse=not TOWARDS_FIRST)  # from each token to where the tile is left
+        # From each token to where the tile is left
+        behind = _turned(tl.cumsum(_turned(step, LOG_T, FROM_LAST), 0), LOG_T, FROM_LAST)
         if not BACKWARD:
             behind -= step
             added *= step
-        left = tl.exp2(_with_states(behind, FLAT) * _with_tokens(rate, FLAT))
-        through = tl.sum(step, 0)[None, :]
-        new = _over_tokens(left * _with_states(added, FLAT) * _with_channels(m, FLAT), FLAT)
-        end = tl.exp2(through * rate) * end + new
+        through = tl.sum(step, 0)
         steps += through
-    row = batch * splits + split
-    tl.store(ends + _state_offsets(row, channel, CHANNELS, N, BLOCK_N), end, mask=_kept_states(mine, N, BLOCK_N))
-    tl.store(sums + row.to(tl.int64) * CHANNELS + channel[None, :], steps, mask=mine[None, :])
+        tl.debug_barrier()  # what is read has been written by whom it may concern
+        for some in range(0, N, UNROLL):
+            for k in tl.static_range(UNROLL):
+                n = some + k
+                rate = _vector(A + n * CHANNELS, channel, mine) * LOG2E
+                m = _map(M + first * M_t + n * _multiple(M_n, ALIGN), M_t, left, T, ALIGN > 1)
+                end = _vector(ends + n * CHANNELS, channel, mine)
+                new = tl.sum(tl.exp2(behind * rate[None, :]) * (added * m), 0)
+                tl.store(ends + n * CHANNELS + channel, tl.exp2(through * rate) * end + new, mask=mine)
+    tl.store(sums + row * CHANNELS + channel, steps, mask=mine)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -448,12 +526,12 @@ def split_starts(
     blocks = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     channel, batch = rest % blocks * BLOCK_C + tl.arange(0, BLOCK_C), (rest // blocks).to(tl.int64)
     mine = channel < CHANNELS
-    rate = tl.load(A + channel * N + n, mask=mine, other=0.0).to(tl.float32)[None, :] * 1.4426950408889634
-    flow = rate * 0.0
+    rate = _vector(A + n * CHANNELS, channel, mine)[None, :] * LOG2E
+    flow = tl.zeros((BLOCK_C,), tl.float32)
     if start is not None:
-        flow = tl.load(start + (batch * N + n) * CHANNELS + channel, mask=mine, other=0.0)[None, :]
+        flow = _vector(start + (batch * N + n) * CHANNELS, channel, mine)
     entry = batch * splits + (splits - 1 if BACKWARD else 0)
-    tl.store(starts + (entry * N + n) * CHANNELS + channel[None, :], flow, mask=mine[None, :])
+    tl.store(starts + (entry * N + n) * CHANNELS + channel, flow, mask=mine)
     count = tl.cdiv(splits, T)
     for i in range(count):
         split = (count - 1 - i if BACKWARD else i) * T + tl.arange(0, T)
@@ -461,7 +539,8 @@ def split_starts(
         row = batch * splits + split
         steps = tl.load(sums + row[:, None] * CHANNELS + channel[None, :], mask=real, other=0.0)
         added = tl.load(ends + (row * N + n)[:, None] * CHANNELS + channel[None, :], mask=real, other=0.0)
-        h, flow = _states(tl.exp2(steps * rate), added, flow, LOG_T, True, BACKWARD)
+        h = _states_across(tl.exp2(steps * rate), added, flow, T, BACKWARD)
+        flow = _picked(h, tl.arange(0, T)[:, None] == (0 if BACKWARD else T - 1), 0)
         into = split - 1 if BACKWARD else split + 1
         place = ((batch * splits + into) * N + n)[:, None] * CHANNELS + channel[None, :]
         tl.store(starts + place, h, mask=real & ((into >= 0) & (into < splits))[:, None])

@@ -33,8 +33,8 @@ class Grid:
         tiles: Tiles of each.
         tiles_each: Tiles of a split.
         splits: Splits of a sequence.
-        constants: What kernels are compiled for.
-        tile: Launch parameters.
+        each: Channels of a group.
+        constants: What all kernels are compiled for.
     """
 
     batch: int
@@ -42,13 +42,21 @@ class Grid:
     tiles: int
     tiles_each: int
     splits: int
+    each: int
     constants: dict[str, Any]
-    tile: Tile
 
-    @property
-    def programs(self) -> tuple[int]:
+    def blocks(self, tile: Tile) -> int:
+        """Blocks of channels of a group."""
+        return -(-self.each // tile.channels)
+
+    def programs(self, tile: Tile) -> tuple[int]:
         """As many as there are splits of blocks of channels."""
-        return (self.batch * self.splits * self.constants["GROUPS"] * self.constants["BLOCKS"],)
+        return (self.batch * self.splits * self.constants["GROUPS"] * self.blocks(tile),)
+
+    def options(self, tile: Tile) -> dict[str, Any]:
+        """What a kernel is compiled for: one stage, for what compilers would load ahead of products is nothing here."""
+        sizes = {"BLOCKS": self.blocks(tile), "BLOCK_C": tile.channels}
+        return {**self.constants, **sizes, "num_warps": tile.warps, "num_stages": 1}
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -76,23 +84,31 @@ def forward(
     """Output; last state, empty unless asked for; states at the starts of tiles, empty unless they are to be kept."""
     u, delta, B, C, z = _near(u), _near(delta), _near(B), _near(C), None if z is None else _near(z)
     out = empty_like(u, dtype)
-    batch, channels, _ = u.shape
-    states = A.shape[1]
+    batch, channels, length = u.shape
+    states = int(A.shape[1])
     last = u.new_empty((batch, states, channels) if return_state else (0, 0, 0), dtype=torch.float32)
-    flags = {"SOFTPLUS": softplus, "REVERSE": reverse}
-    grid = _grid(tiles.forward, u, A, B, tokens, flags, (u, delta, z, out), (B, C))
+    in_rows = tiles.in_rows(states, known(u.stride(2) == 1), length)
+    tile = tiles.rows(int(channels) // int(B.shape[1])) if in_rows else tiles.forward(states)
+    row = tiles.LONGEST // tokens if in_rows else 1
+    grid = _grid(tile, row, u, B, tokens, softplus, reverse, (u, delta, z, out), (B, C))
     kept = u.new_empty((batch, grid.tiles, states, channels) if keep else 0, dtype=torch.float32)
-    A, D, bias, start = A.contiguous(), _contiguous(D), _contiguous(bias), _row(initial_state)
+    A, D, bias, start = A.t().contiguous(), _contiguous(D), _contiguous(bias), _row(initial_state)
     if not out.numel():
         return out, last.transpose(1, 2), kept
     with gpu.on(u.device):
         if grid.splits > 1:
             start = _split_starts(grid, start, A, (u, delta, B, None, bias), backward=False)
-        launchable(kernels.forward)[grid.programs](
-            u, delta, A, B, C, D, z, bias, start, out, last if return_state else None, kept if keep else None,
-            *grid.sizes, *_strides(u, delta, z, out), *B.stride(), *C.stride(),
-            **grid.constants, num_warps=grid.tile.warps,
-        )  # fmt: skip
+        inputs = (u, delta, A, B, C, D, z, bias, start, out, last if return_state else None)
+        sizes = (*grid.sizes, *_strides(u, delta, z, out), *B.stride(), *C.stride())
+        if in_rows:
+            launchable(kernels.forward_rows)[grid.programs(tile)](
+                *inputs, kept if keep else None, *sizes, **grid.options(tile), LOG_ROWS=_log2(row)
+            )
+        else:
+            waiting = kept if keep else u.new_empty((batch, grid.splits, states, channels), dtype=torch.float32)
+            launchable(kernels.forward)[grid.programs(tile)](
+                *inputs, waiting, *sizes, **grid.options(tile), N=states, UNROLL=tile.unroll, KEEP=keep
+            )
     return out, last.transpose(1, 2), kept
 
 
@@ -121,20 +137,22 @@ def backward(
     u, delta, B, C, z = _near(u), _near(delta), _near(B), _near(C), None if z is None else _near(z)
     grad_u, grad_delta = empty_like(u), empty_like(u, delta.dtype)
     grad_z = None if z is None else empty_like(u, z.dtype)
-    flags = {"SOFTPLUS": softplus, "REVERSE": reverse}
-    grid = _grid(tiles.backward, u, A, B, tokens, flags, (u, delta, z, grad_out, grad_u), (B, C))
-    parts = _Parts(u, A, B, grid, D is not None, bias is not None, initial_state is not None)
+    states = int(A.shape[1])
+    tile = tiles.backward(states)
+    grid = _grid(tile, 1, u, B, tokens, softplus, reverse, (u, delta, z, grad_out, grad_u), (B, C))
+    parts = _Parts(u, A, B, grid, tile, D is not None, bias is not None, initial_state is not None)
     if u.numel():
-        rates, skip, shift, flows = A.contiguous(), _contiguous(D), _contiguous(bias), _row(grad_last)
-        dot = grid.tile.dot and B.dtype == torch.bfloat16 == C.dtype
+        rates, skip, shift, flows = A.t().contiguous(), _contiguous(D), _contiguous(bias), _row(grad_last)
+        half = all(tensor.dtype == torch.bfloat16 for tensor in (u, B, C))
         with gpu.on(u.device):
             if grid.splits > 1:
                 flows = _split_starts(grid, flows, rates, (grad_out, delta, C, z, shift), backward=True)
-            launchable(kernels.backward)[grid.programs](
-                grad_out, u, delta, rates, B, C, skip, z, shift, kept, flows,
+            launchable(kernels.backward)[grid.programs(tile)](
+                grad_out, u, delta, rates, B, C, skip, z, shift, kept, flows, torch.empty_like(parts.A),
                 grad_u, grad_delta, grad_z, parts.B, parts.C, parts.A, parts.D, parts.bias, parts.start,
                 *grid.sizes, *_strides(grad_out, u, delta, z, grad_u), *B.stride(), *C.stride(), *parts.B.stride(),
-                **grid.constants, DOT=dot, num_warps=grid.tile.warps,
+                **grid.options(tile), N=states, UNROLL=tile.unroll, BLOCK_N=max(16, 1 << (states - 1).bit_length()),
+                PRECISION="tf32" if half else "tf32x3",
             )  # fmt: skip
     return (
         grad_u, grad_delta, parts.A.sum((0, 1)).t().contiguous().to(A.dtype),
@@ -148,11 +166,13 @@ def backward(
 class _Parts:
     """Memory for sums of programs, whose totals are the gradients of what several programs read."""
 
-    def __init__(self, u: Tensor, A: Tensor, B: Tensor, grid: Grid, D: bool, bias: bool, start: bool) -> None:
+    def __init__(
+        self, u: Tensor, A: Tensor, B: Tensor, grid: Grid, tile: Tile, D: bool, bias: bool, start: bool
+    ) -> None:
         batch, channels, _ = u.shape
         states = A.shape[1]
         # One memory order for both, so that programs have to know of one.
-        self.B, self.C = (empty_map_like(B, grid.constants["BLOCKS"]) for _ in range(2))
+        self.B, self.C = (empty_map_like(B, grid.blocks(tile)) for _ in range(2))
         self.A = A.new_empty((batch, grid.splits, states, channels), dtype=torch.float32)
         self.D, self.bias = (
             A.new_empty((batch, grid.splits, channels), dtype=torch.float32) if there else None for there in (D, bias)
@@ -175,25 +195,28 @@ def _map_total(parts: Tensor) -> Tensor:
 
 
 def _grid(
-    choose: Any, u: Tensor, A: Tensor, B: Tensor, tokens: int, flags: dict[str, bool],
+    tile: Tile, row: int, u: Tensor, B: Tensor, tokens: int, softplus: bool, reverse: bool,
     sequences: Sequence[Tensor | None], maps: Sequence[Tensor],
 ) -> Grid:  # fmt: skip
+    """Splits have whole rows of so many tiles."""
     batch, channels, length = u.shape
-    groups, states = int(B.shape[1]), int(A.shape[1])  # kernels are compiled for them: a tracer has to settle on them
+    groups = int(B.shape[1])  # kernels are compiled for the number: a tracer has to settle on it
     each = int(channels) // groups
-    flat = tiles.flat(states, known(u.stride(2) == 1))
-    tile = choose(tokens, states, each, flat)
-    blocks, count = -(-each // tile.channels), -(-length // tokens)
+    count = -(-length // tokens)
     splits = 1
     if isinstance(batch, int) and isinstance(length, int) and batch:
-        splits = tiles.splits(batch * groups * blocks, count, gpu.multiprocessors(u.device))
-    tiles_each = -(-count // splits)
+        warps = batch * groups * -(-each // tile.channels) * tile.warps
+        splits = tiles.splits(warps, count, gpu.multiprocessors(u.device))
+    tiles_each = -(-count // (splits * row)) * row
     constants = {
-        "GROUPS": groups, "EACH": each, "BLOCKS": blocks, "N": states,
-        "LOG_T": tokens.bit_length() - 1, "BLOCK_N": 1 << (states - 1).bit_length(), "BLOCK_C": tile.channels,
-        "FLAT": flat, "ALIGN": _alignment(sequences, maps), **flags,
+        "GROUPS": groups, "EACH": each, "LOG_T": _log2(tokens), "ALIGN": _alignment(sequences, maps),
+        "SOFTPLUS": softplus, "REVERSE": reverse,
     }  # fmt: skip
-    return Grid(batch, length, count, tiles_each, -(-count // tiles_each), constants, tile)
+    return Grid(batch, length, count, tiles_each, -(-count // tiles_each), each, constants)
+
+
+def _log2(size: int) -> int:
+    return size.bit_length() - 1
 
 
 def _split_starts(
@@ -205,17 +228,18 @@ def _split_starts(
 ) -> Tensor:
     """What flows into each split, (batch, splits, N, channels): a pass over all of them, and one over their sums."""
     x, delta, M, z, bias = tensors
-    states, channels = A.shape[1], A.shape[0]
+    states, channels = (int(size) for size in A.shape)
+    tile = tiles.forward(states)
     ends = x.new_empty((grid.batch, grid.splits, states, channels), dtype=torch.float32)
     sums = x.new_empty((grid.batch, grid.splits, channels), dtype=torch.float32)
-    launchable(kernels.split_ends)[grid.programs](
+    launchable(kernels.split_ends)[grid.programs(tile)](
         x, delta, A, M, z, bias, ends, sums, *grid.sizes, *_strides(x, delta, z), *M.stride(),
-        **grid.constants, BACKWARD=backward, num_warps=grid.tile.warps,
+        **grid.options(tile), N=states, UNROLL=tile.unroll, BACKWARD=backward,
     )  # fmt: skip
     starts, block = torch.empty_like(ends), 32
     launchable(kernels.split_starts)[(grid.batch * -(-channels // block) * states,)](
         ends, sums, A, start, starts, grid.splits,
-        CHANNELS=int(channels), N=int(states), LOG_T=6, BLOCK_C=block, BACKWARD=backward, num_warps=4,
+        CHANNELS=channels, N=states, LOG_T=6, BLOCK_C=block, BACKWARD=backward, num_warps=4,
     )  # fmt: skip
     return starts
 

@@ -213,9 +213,11 @@ def test_state_carries_on(reverse: bool) -> None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles that the interpreter gets through in time: few tokens, and channels of which the last are not there."""
-    monkeypatch.setattr(tiles, "tokens", lambda length, flat: 8)
-    monkeypatch.setattr(tiles, "forward", lambda *sizes: tiles.Tile(4, warps=1))
-    monkeypatch.setattr(tiles, "backward", lambda *sizes: tiles.Tile(2, warps=1))
+    monkeypatch.setattr(tiles, "TOKENS", 8)
+    monkeypatch.setattr(tiles, "LONGEST", 16)
+    monkeypatch.setattr(tiles, "rows", lambda *sizes: tiles.Tile(4, warps=1))
+    monkeypatch.setattr(tiles, "forward", lambda states: tiles.Tile(4, warps=1))
+    monkeypatch.setattr(tiles, "backward", lambda states: tiles.Tile(2, warps=1, unroll=2 - states % 2))
 
 
 small = pytest.mark.usefixtures("small_tiles")
@@ -259,7 +261,7 @@ def test_splits_join(
     states: int, reverse: bool, device: torch.device, checks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sequence of 5 tiles for 3 programs, of which the last has one."""
-    monkeypatch.setattr(tiles, "splits", lambda programs, count, multiprocessors: 3)
+    monkeypatch.setattr(tiles, "splits", lambda warps, count, multiprocessors: 3)
     case = Case(1, 3, 37, states=states, given=EVERYTHING, reverse=reverse)
     plain = case.call("reference")
     checks.factor_two(case.call("triton"), plain, plain, case.tensors(torch.float32, device))
@@ -268,45 +270,32 @@ def test_splits_join(
 @pytest.mark.parametrize("reverse", [False, True])
 def test_many_splits_join(reverse: bool, device: torch.device, checks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than are joined at a time."""
-    monkeypatch.setattr(tiles, "tokens", lambda length, flat: 2)
-    monkeypatch.setattr(tiles, "splits", lambda programs, count, multiprocessors: count)
+    monkeypatch.setattr(tiles, "TOKENS", 2)
+    monkeypatch.setattr(tiles, "splits", lambda warps, count, multiprocessors: count)
     case = Case(1, 1, 139, reverse=reverse)
     plain = case.call("reference")
     checks.factor_two(case.call("triton"), plain, plain, case.tensors(torch.float32, device))
 
 
 @pytest.mark.parametrize(
-    ("programs", "count", "expected"), [(132, 999, 1), (5000, 9, 1), (12, 16384, 44), (1, 40, 5), (1, 7, 1)]
+    ("warps", "count", "expected"), [(528, 999, 1), (5000, 9, 1), (12, 16384, 88), (1, 40, 5), (1, 7, 1)]
 )
-def test_only_few_long_sequences_are_split(programs: int, count: int, expected: int) -> None:
-    assert tiles.splits(programs, count, 132) == expected
-
-
-@pytest.mark.parametrize("states", [1, 3])
-def test_sums_on_tensor_cores(states: int, device: torch.device, checks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "tokens", lambda length, flat: 16)
-    monkeypatch.setattr(tiles, "backward", lambda *sizes: tiles.Tile(16, warps=1, dot=True))
-    case = Case(1, 12, 18, states=states, given=(), tokens_first=True)
-    plain = case.call("reference")
-    checks.factor_two(case.call("triton"), plain, plain, case.tensors(torch.bfloat16, device))
+def test_only_few_long_sequences_are_split(warps: int, count: int, expected: int) -> None:
+    assert tiles.splits(warps, count, 132) == expected
 
 
 @pytest.mark.parametrize("states", [1, 2, 16, 33, 64])
-@pytest.mark.parametrize("each", [1, 3, 96, 384, 1000])
-@pytest.mark.parametrize("length", [1, 49, 197, 3136])
-def test_tiles_fit(length: int, each: int, states: int) -> None:
-    for together in (False, True):
-        flat = tiles.flat(states, together)
-        tokens = tiles.tokens(length, flat)
-        assert tokens & (tokens - 1) == 0
-        assert tokens <= max(16, 2 * length - 1)
-        for choose in (tiles.forward, tiles.backward):
-            tile = choose(tokens, states, each, flat)
-            column = tokens * (1 << (states - 1).bit_length())
-            assert all(size & (size - 1) == 0 for size in tile[:2])
-            assert tile.channels < 2 * each
-            assert column * tile.channels <= 64 * 32 * tile.warps
-            assert tile.channels == 1 or column * tile.channels >= 32 * tile.warps
+def test_tiles_fit(states: int) -> None:
+    for tile in (tiles.forward(states), tiles.backward(states)):
+        assert states % tile.unroll == 0
+        assert tile.channels == 32 * tile.warps  # lanes that are channels hold all tokens of theirs
+
+
+@pytest.mark.parametrize("each", [1, 3, 96, 1000])
+def test_rows_fit(each: int) -> None:
+    tile = tiles.rows(each)
+    assert tile.channels < 2 * each
+    assert tile.channels * tiles.LONGEST == 8 * 32 * tile.warps
 
 
 @small
