@@ -114,8 +114,7 @@ class FlowAttention(nn.Module):
         """(B, H, W, C) to the same shape."""
         batch, height, width, channels = x.shape
         qkv = self.qkv(x).view(batch, height * width, 3, self.heads, channels // self.heads)
-        q, k, v = qkv.unbind(2)
-        return self.proj(linear_attention(q, k, v, FlowConservation()).view(x.shape))
+        return self.proj(linear_attention(qkv, None, None, FlowConservation()).view(x.shape))
 
 
 class FlowformerBlock(nn.Module):

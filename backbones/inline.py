@@ -87,9 +87,12 @@ class InlineAttention(nn.Module):
         """Create what `project` applies."""
         self.qkv = nn.Linear(channels, 3 * channels)
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values of tokens: (B, L, C) to three (B, L, heads, C / heads)."""
-        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Queries, keys and values of tokens as `linear_attention` takes them.
+
+        (B, L, C) to (B, L, 3, heads, C / heads) of all and twice None, or to three (B, L, heads, C / heads).
+        """
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1)), None, None
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, L, C) to the same shape; the last rows * columns tokens are a map of this grid."""
@@ -118,9 +121,10 @@ class PvtAttention(MapAttention):
         self.q = nn.Linear(channels, channels)
         self.kv = nn.Linear(channels, 2 * channels)
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Queries, keys and values; see `InlineAttention`."""
-        return self.q(x).unflatten(-1, (self.heads, -1)), *self.kv(x).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        k, v = self.kv(x).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        return self.q(x).unflatten(-1, (self.heads, -1)), k, v
 
 
 class CswinBranch(nn.Module):
@@ -138,9 +142,9 @@ class CswinBranch(nn.Module):
     def forward(self, qkv: Tensor, x: Tensor) -> Tensor:
         """(B, H, W, 3, C) and the block's input (B, H, W, C) to (B, H, W, C)."""
         height, width = x.shape[1:3]
-        q, k, v = qkv.unflatten(-1, (self.heads, -1)).flatten(1, 2).unbind(2)
+        qkv = qkv.unflatten(-1, (self.heads, -1)).flatten(1, 2)
         filters = self.residual(x.mean((1, 2))) + self.get_v.weight.view(self.heads, -1, 3, 3)
-        out = linear_attention(q, k, v, MeanSubtraction(), local_kernels=filters, grid=(height, width))
+        out = linear_attention(qkv, None, None, MeanSubtraction(), local_kernels=filters, grid=(height, width))
         assert self.get_v.bias is not None  # it has one
         return out.view(x.shape) + self.get_v.bias.to(out.dtype)
 

@@ -125,8 +125,7 @@ class LinearAttention(nn.Module):
         """(B, H, W, C) to the same shape."""
         batch, height, width, channels = x.shape
         qkv = self.qkv(x).view(batch, height * width, 3, self.heads, channels // self.heads)
-        q, k, v = qkv.unbind(2)
-        out = linear_attention(q, k, v, KernelSum(floor=FLOOR), temperature=self.temperature.flatten())
+        out = linear_attention(qkv, None, None, KernelSum(floor=FLOOR), temperature=self.temperature.flatten())
         return self.proj(out.view(x.shape))
 
 
