@@ -84,9 +84,9 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | Non
     q, k, v, decay = (_chunked(each, table) for each in (q, k, v, decay))
     k, decay = k * real, decay * real
     ranges, pairs = _halves(q.dtype, q.device)
-    left = (ranges @ decay.unsqueeze(-3)).exp()  # (batch, heads, c, levels + 2, Q, dk)
-    since_start, until_end, within = left[..., -2, :, :], left[..., -1, :, :], left[..., :-2, :, :]
-    scores = ((q.unsqueeze(-3) * within) @ (k.unsqueeze(-3) * within).mT * pairs).sum(-3)
+    left = (ranges[:, None] @ decay.unsqueeze(2)).exp()  # (batch, heads, levels + 2, c, Q, dk)
+    since_start, until_end, within = left[:, :, -2], left[:, :, -1], left[:, :, :-2]
+    scores = ((q.unsqueeze(2) * within) @ (k.unsqueeze(2) * within).mT * pairs[:, None]).sum(2)
     scores = scores + torch.diag_embed((q * k).sum(-1))
     entering, last = _entering((k * until_end).mT @ v, decay.sum(-2), state)
     out = scores @ v + (q * since_start) @ entering
