@@ -71,18 +71,18 @@ class SlabFields:
     """What the configurations of all frames have.
 
     Attributes:
-        norm_steps: Training steps until LayerNorm has no share left; None for the batch norm alone from the start on.
+        norm_steps: Training steps until LayerNorm has no share left; 0 for the batch norm alone from the start on.
         norm_warmup: Steps with LayerNorm alone before these.
         linear_stages: The first so many stages mix tokens by linear attention, the others by softmax.
     """
 
-    norm_steps: int | None = 300_000
+    norm_steps: int = 300_000
     norm_warmup: int = 0
     linear_stages: int = 0
 
     def check_fields(self, stages: int) -> None:
         """Raise where a schedule has no steps, or more stages are linear than there are."""
-        check_steps(1 if self.norm_steps is None else self.norm_steps, norm_warmup=self.norm_warmup)
+        check_steps(1, norm_steps=self.norm_steps, norm_warmup=self.norm_warmup)
         if not 0 <= self.linear_stages <= stages:
             raise ValueError(f"linear_stages must lie in 0..{stages}, the number of stages, got {self.linear_stages}")
 
@@ -384,7 +384,7 @@ def norm_builder(config: SlabFields, eps: float | None = None) -> MakeNorm:
     """What builds the norms of a model; `eps` is LayerNorm's, where the frame's own is not meant."""
 
     def build(channels: int, *, keep_float32: bool = False, eps: float = 1e-5) -> nn.Module:
-        if config.norm_steps is None:
+        if config.norm_steps == 0:
             return RepBN(channels, keep_float32)
         return ProgressiveNorm(channels, config.norm_steps, config.norm_warmup, chosen or eps, keep_float32)
 
@@ -398,7 +398,7 @@ class Slab(Backbone):
     def adapt_checkpoint(self, state: dict[str, Tensor]) -> dict[str, str]:
         """Spell the norms as this model does, and resize tables of positions; see `Backbone`."""
         done = super().adapt_checkpoint(state)
-        spell = take_batch_norms if self.config.norm_steps is None else take_progressive_norms
+        spell = take_progressive_norms if self.config.norm_steps else take_batch_norms
         own = self.state_dict()
         for key in spell(state, own, done):
             if self.features_only and key not in own:  # of a part that was not built
@@ -582,7 +582,7 @@ _SWIN_DEEP: dict[str, Any] = {"depths": (2, 2, 18, 2), **_LINEAR_SWIN}
 
 # The authors print no sizes. Those of designs without weights were counted, LayerNorms included.
 DEIT_VARIANTS = {
-    "deit_tiny_prepbn": _variant(SlabDeitConfig(norm_steps=None), "deit_tiny_prepbn", 73.6),
+    "deit_tiny_prepbn": _variant(SlabDeitConfig(norm_steps=0), "deit_tiny_prepbn", 73.6),
     "deit_small_prepbn": _variant(SlabDeitConfig(**_DEIT_SMALL), "deit_small_prepbn", 80.2),
     "slab_deit_tiny": _variant(SlabDeitConfig(**_LINEAR_DEIT), "slab_deit_tiny", 74.3),
     "slab_deit_small": _variant(SlabDeitConfig(**_DEIT_SMALL, **_LINEAR_DEIT), "slab_deit_small", 80.0),
@@ -601,7 +601,7 @@ SWIN_VARIANTS = {
     "slab_swin_base": Variant(
         config=SlabSwinConfig(**_SWIN_DEEP, embed_dim=128, num_heads=(4, 8, 16, 32), drop_path_rate=0.5), params=89.0
     ),
-    "swin_tiny_prepbn": _variant(SlabSwinConfig(norm_steps=None, drop_path_rate=0.1), "swin_tiny_prepbn", 81.4),
+    "swin_tiny_prepbn": _variant(SlabSwinConfig(norm_steps=0, drop_path_rate=0.1), "swin_tiny_prepbn", 81.4),
 }
 CSWIN_VARIANTS = {
     "slab_cswin_tiny": _variant(SlabCswinConfig(**_LINEAR_CSWIN, drop_path_rate=0.1), "slab_cswin_tiny", 82.8),
@@ -622,9 +622,11 @@ def _family(name: str, model: type[Slab], config: type, variants: Mapping[str, V
         "Normalization, ICML 2024, arXiv 2405.11582",
         layouts=(OFFICIAL_LAYOUT,),
         bias_tables=r"relative_position_bias_table$",
-        tiny={"img_size": 64, "depths": (1, 2), "norm_steps": None, **tiny},
+        tiny={"img_size": 64, "depths": (1, 1, 1, 1), "norm_steps": 0, **tiny},
     )
 
+
+_HEADS: dict[str, Any] = {"num_heads": (1, 2, 2, 4), "linear_stages": 2}
 
 FAMILIES = (
     _family("slab_deit", SlabDeit, SlabDeitConfig, DEIT_VARIANTS, {"patch_size": 8, "embed_dim": 16, "num_heads": 2}),
@@ -633,34 +635,21 @@ FAMILIES = (
         SlabPvt,
         SlabPvtConfig,
         PVT_VARIANTS,
-        {
-            "embed_dims": (16, 32),
-            "num_heads": (1, 2),
-            "mlp_ratios": (2, 2),
-            "linear_stages": 1,
-            "reductions": (1, 1),
-        },
+        {**_HEADS, "embed_dims": (16, 16, 32, 32), "mlp_ratios": (2, 2, 2, 2), "reductions": (1, 1, 1, 1)},
     ),
     _family(
         "slab_swin",
         SlabSwin,
         SlabSwinConfig,
         SWIN_VARIANTS,
-        {
-            "embed_dim": 16,
-            "depths": (2, 1),
-            "num_heads": (1, 2),
-            "linear_stages": 1,
-            "window_size": 4,
-            "linear_window": 8,
-        },
+        {**_HEADS, "embed_dim": 16, "depths": (2, 1, 1, 1), "window_size": 4, "linear_window": 8},
     ),
-    # Without linear attention, since that has a parameter here which is not trained.
+    # Without linear attention, which has a parameter here that is not trained.
     _family(
         "slab_cswin",
         SlabCswin,
         SlabCswinConfig,
         CSWIN_VARIANTS,
-        {"embed_dim": 16, "num_heads": (4, 4), "linear_stages": 0},
+        {"num_heads": (4, 4, 4, 4), "embed_dim": 16, "linear_stages": 0},
     ),
 )

@@ -18,10 +18,10 @@ from vizoo.backbones.slab import LinearBranch, LinearMapAttention, LinearMixer, 
 from vizoo.registry import families
 
 HOSTS = {
-    "slab_deit": {"class_token": False, "linear_stages": 2},
-    "slab_pvt": {"reductions": (8, 4)},
+    "slab_deit": {"class_token": False, "linear_stages": 4},
+    "slab_pvt": {"reductions": (8, 4, 2, 1)},
     "slab_swin": {},
-    "slab_cswin": {"linear_stages": 1},
+    "slab_cswin": {"linear_stages": 2},
 }
 """Overrides beside those of the contract's tests, for branches that these do not run."""
 
@@ -263,7 +263,7 @@ def test_a_fused_model_gives_the_official_logits(parity: ModuleType, name: str) 
 def test_either_spelling_of_the_norms_is_loaded() -> None:
     x = torch.randn(1, 3, 64, 64)
     for host in HOSTS:
-        wrapped, plain = tiny(host), tiny(host, norm_steps=None)
+        wrapped, plain = tiny(host), tiny(host, norm_steps=0)
         report = vizoo.load_checkpoint(plain, wrapped.state_dict())
         assert report.adapted["norms"] == "the batch norms of progressive norms"
         assert torch.equal(plain(x), wrapped(x))
@@ -274,9 +274,9 @@ def test_either_spelling_of_the_norms_is_loaded() -> None:
         assert all(module.finished for module in other.modules() if isinstance(module, ProgressiveNorm))
 
 
-@pytest.mark.parametrize("steps", [None, 10])
-def test_either_spelling_fits_a_pyramid(steps: int | None) -> None:
-    whole = tiny("slab_swin", norm_steps=10 if steps is None else None)
+@pytest.mark.parametrize("steps", [0, 10])
+def test_either_spelling_fits_a_pyramid(steps: int) -> None:
+    whole = tiny("slab_swin", norm_steps=10 - steps)
     pyramid = tiny("slab_swin", norm_steps=steps, num_classes=None, features_only=True, out_indices=(0,))
     vizoo.load_checkpoint(pyramid, whole.state_dict())
     x = torch.randn(1, 3, 64, 64)
@@ -308,10 +308,14 @@ def test_tables_of_positions_are_resized() -> None:
     [
         ("slab_swin_tiny", {"linear_stages": 5}, r"linear_stages must lie in 0\.\.4, the number of stages, got 5"),
         ("slab_swin_tiny", {"linear_window": 1}, "linear_window must be at least 2, got 1"),
-        ("slab_swin_tiny", {"norm_steps": 0}, "a norm needs 1 step or more to turn into another, got 0"),
+        ("slab_swin_tiny", {"norm_steps": -1}, "norm_steps must be 0 or more, got -1"),
         ("slab_cswin_tiny", {"norm_warmup": -1}, "norm_warmup must be 0 or more, got -1"),
         ("slab_deit_tiny", {"class_token": True}, "with linear_stages=4 set class_token=False"),
-        ("pvt_tiny_prepbn", {"reductions": (8, 4)}, r"reductions need one entry per stage, got \(8, 4\) for 4 stages"),
+        (
+            "pvt_tiny_prepbn",
+            {"reductions": (8, 4)},
+            r"reductions need one entry per stage, got \(8, 4\) for 4 stages",
+        ),
         ("pvt_tiny_prepbn", {"reductions": (8, 8, 2, 1)}, r"must lie in 1 to \(8, 4, 2, 1\), got \(8, 8, 2, 1\)"),
     ],
 )
