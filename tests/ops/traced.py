@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from vizoo.ops import gpu
 from vizoo.ops.channel_attention import function as channel
 from vizoo.ops.depthwise_conv import function as depthwise
+from vizoo.ops.gated_linear_attention import function as gated
 from vizoo.ops.gelu_linear import function as gelu
 from vizoo.ops.layer_norm import function as norm
 from vizoo.ops.linear_attention import function as linear
@@ -134,6 +135,17 @@ def scanned(return_state: bool) -> Callable[..., Tensor]:
     return run
 
 
+def gated_form(both: bool, tokens: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Gated linear attention of 2 heads, in both directions or with a state before the first token."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, other: Tensor) -> Tensor:
+        rest = (other, None) if both else (None, other)
+        return gated._forward(q, k, v, decay, *rest, 0.25, False, 16.0)[0]
+
+    vectors = (2, tokens, 2, 16)
+    return run, leaves(vectors, vectors, (2, tokens, 2, 8), vectors, vectors if both else (2, 2, 16, 8))
+
+
 def map_sizes(states: int) -> list[tuple[int, ...]]:
     """Of a map with 40 channels, and of what two routes over it need."""
     pixels, each = (2, 9, 7), (2, 40)
@@ -161,6 +173,8 @@ def main() -> None:
                              leaves((2, 9, 7, 24), (24, 1, 3, 3), (24,))),
         "depthwise_conv 5": (lambda x, w, b: depthwise._forward(x, w, b, False),
                              leaves((2, 9, 7, 24), (24, 1, 5, 5), (24,))),
+        "gated_linear_attention": gated_form(True, 16),
+        "gated_linear_attention, chunks": gated_form(False, 1000),
         "gelu_linear": (lambda x, w, b: gelu._GeluLinear.apply(x, w, b), leaves((2, n, 24), (8, 24), (8,))),
         "routing_attention": (regions([2, 4], 2, False), leaves((2, 8, 12, 3, 2, d))),
         "routing_attention, weighted": (regions([2, 4], 2, True), leaves((2, 7, 10, 3, 2, d))),
