@@ -33,6 +33,7 @@ from vizoo.ops import (
     Route,
     channel_attention,
     depthwise_conv,
+    gated_linear_attention,
     layer_norm,
     linear_attention,
     neighborhood_attention,
@@ -133,6 +134,17 @@ NEIGHBORHOODS = {
     "256 x 256, windows of 13": (1, (256, 256), 8, 64, 13, 1),
 }
 """Inputs of neighborhood attention: batch, map, heads, channels of a head, kernel size and dilation."""
+
+GATED = {
+    "vig_small": (128, 14 * 14, 6, 32, 64, True),
+    "vig_tiny": (128, 14 * 14, 3, 32, 64, True),
+    "vig_small at 896, 4 heads": (64, 56 * 56, 4, 32, 64, True),
+    "vig_h_tiny stage 1": (128, 56 * 56, 3, 16, 32, True),
+    "vig_h_tiny stage 2": (128, 28 * 28, 6, 16, 32, True),
+    "vig_h_tiny stage 3": (128, 14 * 14, 12, 16, 32, True),
+    "65,536 tokens, one direction": (1, 65536, 8, 64, 64, False),
+}
+"""Gated linear attention: batch, tokens, heads, channels of keys and of values, and whether in both directions."""
 
 DUALS = {
     "vssd_tiny stage 1": (128, 56 * 56, 2, 64, 64, False),
@@ -596,6 +608,66 @@ def measure_neighborhood_attention(bandwidth: float, first: int | None, eager: b
     return rows
 
 
+def chunk_gla_calls() -> Callable[[dict[str, Tensor]], Tensor] | None:
+    """One call of flash-linear-attention's kernels for each direction, or None where it is not installed.
+
+    They are given log decays. What a user does besides is left out: those from gates, and flips for the way back.
+    """
+    try:
+        from fla.ops.gla import chunk_gla
+    except ImportError:
+        print("flash-linear-attention is not installed, so it is left out", flush=True)
+        return None
+
+    def run(tensors: dict[str, Tensor]) -> Tensor:
+        q, k, v, *decays = tensors.values()
+        outs = [chunk_gla(q, k, v, decay)[0] for decay in decays]
+        return outs[0] if len(outs) == 1 else outs[0] + outs[1]
+
+    return run
+
+
+def measure_gated_linear_attention(bandwidth: float, first: int | None, eager: bool) -> list[dict[str, Any]]:
+    """Gated linear attention in bfloat16, gates included, beside its definition and calls of another library."""
+
+    def ours(tensors: dict[str, Tensor]) -> Tensor:
+        return gated_linear_attention(**tensors, normalizer=16.0, implementation="triton")
+
+    def plain(tensors: dict[str, Tensor]) -> Tensor:
+        return gated_linear_attention(**tensors, normalizer=16.0, implementation="reference")
+
+    rows, peer = [], chunk_gla_calls()
+    for name, (batch, N, heads, dk, dv, both) in list(GATED.items())[:first]:
+        widths = {"q": dk, "k": dk, "v": dv, "decay": dk} | ({"reverse_decay": dk} if both else {})
+        tensors = {
+            key: torch.randn(batch, N, heads, width, device="cuda", dtype=torch.bfloat16).requires_grad_()
+            for key, width in widths.items()
+        }
+        ways: Ways = {"vizoo": ours}
+        with torch.no_grad():
+            check(ours(tensors).float(), plain(tensors).float())
+        if batch * N * heads <= 2**18:  # the definition keeps dozens of numbers for each that comes in
+            ways |= {"torch eager": plain, "torch compiled": torch.compile(plain, dynamic=False)}
+        if peer is not None:
+            ways[f"fla, {2 if both else 1} x chunk_gla"] = peer
+        given, out = sum(tensor.nbytes for tensor in tensors.values()), tensors["v"].nbytes
+        gates = ("decay", "reverse_decay")
+        logs = {key: F.logsigmoid(each) / 16 if key in gates else each for key, each in tensors.items()}
+        logs = {key: each.detach().requires_grad_() for key, each in logs.items()}
+        for way, function in chosen(ways, eager).items():
+            figures = measure(function, logs if function is peer else tensors)
+            shares = {
+                "forward_share": (given + out) / bandwidth / figures["forward_device_ms"] * 1e3,
+                # Backward reads the inputs and the incoming gradient, and writes those of the inputs.
+                "both_share": (3 * given + 2 * out) / bandwidth / figures["both_device_ms"] * 1e3,
+            }
+            row = {"op": "gated_linear_attention", "name": name, "shape": (batch, N, heads, dk, dv), "both": both}
+            rows.append({**row, "implementation": way, **figures, **shares})
+            print(line(rows[-1]), flush=True)
+        torch.compiler.reset()
+    return rows
+
+
 def einsum_dual(tensors: dict[str, Tensor], states: int) -> Tensor:
     """What a model does without the operator, and without an order: two contractions, in the dtype of autocast."""
     heads = tensors["A"].shape[0]
@@ -818,6 +890,7 @@ def environment() -> dict[str, Any]:
 OPERATORS = {
     "channel_attention": measure_channel_attention,
     "depthwise_conv": measure_depthwise_conv,
+    "gated_linear_attention": measure_gated_linear_attention,
     "layer_norm": measure_layer_norm,
     "linear_attention": measure_linear_attention,
     "neighborhood_attention": measure_neighborhood_attention,

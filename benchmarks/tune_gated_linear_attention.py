@@ -1,0 +1,105 @@
+"""Finds the launch parameters of `ops/gated_linear_attention/tiles.py` by trying many on the GPU at hand.
+
+python benchmarks/tune_gated_linear_attention.py [--quick] [--shapes 0 1 2] [--kinds outputs gradients states chunk]
+
+Each kernel is swept with the others as they are: `outputs` by the time of the forward pass, the rest by that of the
+backward pass, which walks twice. The rows of `outputs` and `gradients` are those of the walks of their pass, too.
+`chunk` is how long the chunks are that sequences are cut in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import runpy
+from collections.abc import Callable, Iterator
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.testing import do_bench
+
+from vizoo.ops.gated_linear_attention import launch, tiles
+from vizoo.ops.gated_linear_attention.tiles import Tile
+
+# The shapes of the benchmark beside this file, which is a script and not a module of the package.
+GATED, copy_bandwidth = itemgetter("GATED", "copy_bandwidth")(
+    runpy.run_path(str(Path(__file__).with_name("ops.py")))
+)  # fmt: skip
+KINDS = ("outputs", "gradients", "states", "chunk")
+ROWS, WARPS, STAGES = (16, 32, 64), (1, 2, 4, 8), (1, 2, 3, 4)
+Runs = dict[str, Callable[[], Any]]
+
+
+def runs(batch: int, N: int, heads: int, dk: int, dv: int, both: bool) -> Runs:
+    """The forward and the backward pass of one shape, without autograd around them."""
+
+    def draw(width: int) -> Tensor:
+        return torch.randn(batch, N, heads, width, device="cuda", dtype=torch.bfloat16)
+
+    arguments: tuple[Any, ...] = draw(dk), draw(dk), draw(dv), draw(dk), draw(dk) if both else None
+    arguments += None, dk**-0.5, False, 16.0
+    incoming = draw(dv)
+    return {
+        "forward": lambda: launch.forward(*arguments),
+        "backward": lambda: launch.backward(incoming, None, *arguments),
+    }
+
+
+def choices(kind: str, tokens: int, quick: bool) -> Iterator[Any]:
+    """What to try for one of `KINDS`; for `states` warps and stages."""
+    if kind == "chunk":
+        yield from (64 * n for n in (1, 2, 4, 8, 16, 32, 64, 128) if 64 * n < 2 * tokens)
+    elif kind == "states":
+        yield from itertools.product(WARPS[:3], STAGES[1:] if quick else STAGES)
+    else:
+        yield from (Tile(*each) for each in itertools.product(ROWS[: 2 if quick else 3], WARPS[: 3 if quick else 4]))
+
+
+def chooser(kind: str, choice: Any) -> Callable[..., Any]:
+    """What stands in for a function of `tiles`."""
+    if kind == "states":
+        return lambda dk, dv, half, rows: Tile(rows, *choice)
+    return lambda *sizes: choice
+
+
+def sweep(kind: str, shape: tuple[Any, ...], floor: float, quick: bool) -> None:
+    """Prints the best values of one parameter at one shape, and leaves that in force that was."""
+    run = runs(*shape)["forward" if kind == "outputs" else "backward"]
+    before, results = getattr(tiles, kind), []
+    for choice in choices(kind, shape[1], quick):
+        setattr(tiles, kind, chooser(kind, choice))
+        try:
+            results.append((do_bench(run, warmup=10, rep=40, return_mode="median"), choice))
+        except Exception as error:  # too much shared memory, or a shape the compiler refuses: say so and go on
+            print(f"  {choice}: {type(error).__name__}: {str(error)[:100]}", flush=True)
+    setattr(tiles, kind, before)
+    if results:
+        print(f"\n{kind}, {shape}, floor {floor:.4f} ms, {len(results)} tried", flush=True)
+    for time, choice in sorted(results, key=itemgetter(0))[:6]:
+        print(f"  {time:.4f} ms  {choice}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="try fewer")
+    parser.add_argument("--shapes", nargs="*", type=int, default=range(len(GATED)), help=f"places in {list(GATED)}")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
+    options = parser.parse_args()
+    bandwidth = copy_bandwidth()
+    for place in options.shapes:
+        name, shape = list(GATED.items())[place]
+        batch, N, heads, dk, dv, both = shape
+        given, out = 2 * batch * N * heads * ((4 if both else 3) * dk + dv), 2 * batch * N * heads * dv
+        floors = {"forward": (given + out) / bandwidth * 1e3, "backward": (2 * given + out) / bandwidth * 1e3}
+        times = {key: do_bench(run, return_mode="median") for key, run in runs(*shape).items()}
+        print(f"\n{name}, {shape}, at present: ", end="")
+        print(", ".join(f"{key} {time:.4f} ms (floor {floors[key]:.4f})" for key, time in times.items()), flush=True)
+        for kind in options.kinds:
+            sweep(kind, shape, floors["forward" if kind == "outputs" else "backward"], options.quick)
+
+
+if __name__ == "__main__":
+    main()
