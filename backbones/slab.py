@@ -157,7 +157,14 @@ class SlabSwinConfig(SlabFields, SwinConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SlabCswinConfig(SlabFields, CswinConfig):
-    """Configuration in CSwin's frame: the fields of `CswinConfig` and of `SlabFields`."""
+    """Configuration in CSwin's frame: the fields of `CswinConfig` and of `SlabFields`, and one of its own.
+
+    Attributes:
+        unused_scale: Have the parameter `scale` of linear attention that official checkpoints have, though nothing is
+            computed with it. It is not trained.
+    """
+
+    unused_scale: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -264,9 +271,10 @@ class LinearMapAttention(LinearMixer):
 class LinearBranch(LinearMixer):
     """Linear attention in CSwin's frame, to whose convolution another of 3 x 3 is added."""
 
-    def __init__(self, channels: int, heads: int, grid: tuple[int, int]) -> None:
+    def __init__(self, channels: int, heads: int, grid: tuple[int, int], unused_scale: bool) -> None:
         super().__init__(channels, heads, grid)
-        self.scale = nn.Parameter(torch.zeros(1, 1, channels), requires_grad=False)  # of no use, but in checkpoints
+        if unused_scale:
+            self.scale = nn.Parameter(torch.zeros(1, 1, channels), requires_grad=False)
         self.get_v = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
 
     def forward(self, qkv: Tensor, x: Tensor) -> Tensor:
@@ -542,9 +550,10 @@ class SlabCswin(Slab, CswinHost):
     def __init__(self, config: SlabCswinConfig, **kwargs: Any) -> None:
         def branches(stage: int, block: int) -> list[nn.Module]:
             del block
-            if stage < config.linear_stages:
-                return [LinearBranch(config.channels[stage], config.num_heads[stage], config.grid(stage))]
-            return stripe_branches(config, stage)
+            if stage >= config.linear_stages:
+                return stripe_branches(config, stage)
+            channels, heads = config.channels[stage], config.num_heads[stage]
+            return [LinearBranch(channels, heads, config.grid(stage), config.unused_scale)]
 
         super().__init__(config, branches, norm_builder(config), **kwargs)
 
@@ -644,12 +653,11 @@ FAMILIES = (
         SWIN_VARIANTS,
         {**_HEADS, "embed_dim": 16, "depths": (2, 1, 1, 1), "window_size": 4, "linear_window": 8},
     ),
-    # Without linear attention, which has a parameter here that is not trained.
     _family(
         "slab_cswin",
         SlabCswin,
         SlabCswinConfig,
         CSWIN_VARIANTS,
-        {"num_heads": (4, 4, 4, 4), "embed_dim": 16, "linear_stages": 0},
+        {**_HEADS, "num_heads": (1, 2, 4, 4), "embed_dim": 16, "unused_scale": False},
     ),
 )
