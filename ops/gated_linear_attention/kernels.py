@@ -163,6 +163,13 @@ def _sums(chosen, value, OPERAND: tl.constexpr):
     return tl.dot(ones, low, tl.dot(ones, high))
 
 
+@triton.jit
+def _either(second, one, other):
+    if second == 1:
+        one = other
+    return one
+
+
 @triton.jit(do_not_specialize=["tokens", "chunks", "length"])
 def states(
     left,
@@ -212,8 +219,8 @@ def states(
     backwards = direction + REVERSE
     down = (backwards + GRADIENT) % 2
     place = _places(backwards, ROWS)
-    if DIRECTIONS == 2 and direction == 1:
-        decay = reverse_decay
+    if DIRECTIONS == 2:
+        decay = _either(direction, decay, reverse_decay)
     left += image * left_batch + head * left_head
     right += image * right_batch + head * right_head
     decay += image * decay_batch + head * decay_head
