@@ -1,4 +1,4 @@
-"""The schedule by which LayerNorm gives way to batch norm in models that have progressive norms (SLAB)."""
+"""Hooks for models that end with batch norms: LayerNorm gives way to them, and last epochs collect their statistics."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from vizoo.backbones.progressive_norm import ProgressiveNorm
 
@@ -96,6 +97,53 @@ class NormSchedule(Hook):
                 f"gradients accumulate over {batches} batches: the norms' schedule counts updates, but a batch norm "
                 f"takes its statistics from one batch of {images} images, not from all {images * batches} of an update"
             )
+
+
+@HOOKS.register_module()
+class CollectStatistics(Hook):
+    """Trains nothing in the last epochs of a run: they collect the statistics of the batch norms.
+
+    Dropped branches and mixed images shift what batch norms see while a model trains, and their statistics trail its
+    weights. So the authors of SLAB let ten epochs follow in which weights stay as they are, and the model is in eval
+    mode but for its batch norms. A schedule of rates has to end before them. An average of the weights would go on
+    towards the last ones; leave this out beside one.
+
+    Args:
+        epochs: How many epochs, the last of the run.
+
+    Raises:
+        ValueError: None of them.
+    """
+
+    priority = "ABOVE_NORMAL"
+
+    def __init__(self, epochs: int = 10) -> None:
+        if epochs < 1:
+            raise ValueError(f"epochs must be 1 or more, got {epochs}")
+        self.epochs = epochs
+
+    def before_train(self, runner: Runner) -> None:
+        """Look whether epochs are left to train in.
+
+        Raises:
+            ValueError: There are none.
+        """
+        if self.epochs >= runner.max_epochs:
+            raise ValueError(
+                f"a run of {runner.max_epochs} epochs has none left to train in if the last {self.epochs} collect "
+                "statistics: set train_cfg.max_epochs to more, or CollectStatistics' epochs to fewer"
+            )
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Make an update change nothing but statistics."""
+        if runner.epoch < runner.max_epochs - self.epochs:
+            return
+        runner.model.eval()
+        for module in runner.model.modules():
+            if isinstance(module, _BatchNorm):
+                module.train()
+        for group in runner.optim_wrapper.optimizer.param_groups:
+            group["lr"] = 0.0
 
 
 def _accumulated(runner: Runner) -> int:

@@ -18,7 +18,7 @@ with read_base():
     from .._runtime import *
     from ._recipe_300e import *
 
-# Beside Swin's recipe: other ends of the schedule, ten last epochs at the lowest rate, no clip, a slow average of the
+# Beside Swin's recipe: other ends of the schedule, ten epochs at the lowest rate, no clip, a slow average of the
 # weights, with the decay for 1024 images and the schedule of the norms.
 train_cfg.update(max_epochs=310)
 param_scheduler[0].update(start_ratio=2e-3, min_ratio=2e-2, end=300)

@@ -18,7 +18,7 @@ with read_base():
     from .._runtime import *
     from ._recipe_300e import *
 
-# Beside Swin's recipe: other ends of the schedule, ten last epochs at the lowest rate, no clip, a slow average of the
+# Beside Swin's recipe: other ends of the schedule, ten epochs at the lowest rate, no clip, a slow average of the
 # weights, with the decay for 2048 images and the schedule of the norms.
 train_dataloader.update(batch_size=256)
 train_cfg.update(max_epochs=310)

@@ -1,4 +1,4 @@
-"""The schedule of progressive norms counts updates, survives a resume, and says where it does not fit a run."""
+"""Progressive norms count updates and survive a resume; unfit runs say so; last epochs collect statistics alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from vizoo.backbones.progressive_norm import ProgressiveNorm
 from vizoo.train.checkpoint import read_checkpoint
-from vizoo.train.hooks_norm import NormSchedule
+from vizoo.train.hooks_norm import CollectStatistics, NormSchedule
 from vizoo.train.run import train
 
 EXTRA = """
@@ -133,3 +133,21 @@ def test_refuses_what_makes_no_schedule() -> None:
         NormSchedule(share=1.5)
     with pytest.raises(ValueError, match="needs a model with progressive norms, and this has none"):
         NormSchedule().before_train(runner(nn.LayerNorm(4))[0])
+
+
+def test_last_epochs_collect_statistics_alone(small_config: Path, tmp_path: Path) -> None:
+    config = small_config.with_name("statistics.py")
+    text = small_config.read_text() + EXTRA.replace("NormSchedule, steps=8", "CollectStatistics, epochs=1")
+    config.write_text(text.replace("import NormSchedule", "import CollectStatistics"))
+    settings = ("train_cfg.max_epochs=2", "default_hooks.checkpoint.keep=99", "model.backbone.norm_steps=0")
+    folder = train(config, settings, work_dir=tmp_path / "run", quiet=True)
+    before, after = (read_checkpoint(folder / f"epoch_{i}.pth")["ema_state_dict"] for i in (1, 2))
+    changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
+    assert changed - {"steps"} == {key for key in before if "running_" in key}  # the average counts on
+
+
+def test_collecting_refuses_what_leaves_nothing_to_train() -> None:
+    with pytest.raises(ValueError, match="epochs must be 1 or more, got 0"):
+        CollectStatistics(epochs=0)
+    with pytest.raises(ValueError, match="a run of 3 epochs has none left to train in if the last 10 collect"):
+        CollectStatistics().before_train(SimpleNamespace(max_epochs=3))
