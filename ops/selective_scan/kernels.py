@@ -130,9 +130,9 @@ def _sigmoid(v):
 
 
 @triton.jit
-def _step(delta, bias, offset, real, SOFTPLUS: tl.constexpr, HELD: tl.constexpr = True):
+def _step(v, bias, real, SOFTPLUS: tl.constexpr):
     """Steps of a tile, zero where there is nothing, and what they were before softplus."""
-    v = _tile(delta, offset, real, HELD) + bias[None, :]
+    v += bias[None, :]
     step = _softplus(v) if SOFTPLUS else v
     return tl.where(real, step, 0.0), v
 
@@ -152,9 +152,14 @@ def _held(x):
 
 
 @triton.jit
-def _tile(pointer, offset, real, HELD: tl.constexpr = True):
-    tile = tl.load(pointer + offset, mask=real, other=0.0)
-    return (_held(tile) if HELD else tile).to(tl.float32)
+def _tile(pointer, offset, real):
+    return _held(tl.load(pointer + offset, mask=real, other=0.0)).to(tl.float32)
+
+
+@triton.jit
+def _spread(pointer, offset, real):
+    """A tile that lies over threads as it does in memory."""
+    return tl.load(pointer + offset, mask=real, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -241,17 +246,22 @@ def forward(
             state = _vector(start + n * (GROUPS * EACH), channel, mine)
         tl.store(states + n * (GROUPS * EACH) + channel, state, mask=mine)
     count = tl.minimum(tiles_each, tiles - split * tiles_each)
+    tile = tiles - 1 - split * tiles_each if REVERSE else split * tiles_each
+    there = (tl.arange(0, T) < L - tile * T)[:, None] & mine[None, :]
+    v = tl.load(delta + tile.to(tl.int64) * T * delta_t, mask=there, other=0.0)
+    x = tl.load(u + tile.to(tl.int64) * T * u_t, mask=there, other=0.0)
     for i in range(count):
-        tile = split * tiles_each + i
-        if REVERSE:
-            tile = tiles - 1 - tile
         first = tile.to(tl.int64) * T
         left = L - tile * T
         real = (tl.arange(0, T) < left)[:, None] & mine[None, :]
-        step, _v = _step(delta, bias, first * delta_t, real, SOFTPLUS)
-        x = _tile(u, first * u_t, real)
-        y = skip[None, :] * x
-        x *= step
+        step, _v = _step(_held(v).to(tl.float32), bias, real, SOFTPLUS)
+        now = _held(x).to(tl.float32)
+        tile += -1 if REVERSE else 1
+        there = (tl.arange(0, T) < L - tile * T)[:, None] & mine[None, :] & (i + 1 < count)
+        v = tl.load(delta + tile.to(tl.int64) * T * delta_t, mask=there, other=0.0)
+        x = tl.load(u + tile.to(tl.int64) * T * u_t, mask=there, other=0.0)
+        y = skip[None, :] * now
+        taken = step * now
         onward = states + ROW if KEEP else states
         tl.debug_barrier()  # what is read has been written by whom it may concern
         for some in range(0, N, UNROLL):
@@ -262,7 +272,7 @@ def forward(
                 c = _map(C + first * C_t + n * _multiple(C_n, ALIGN), C_t, left, T, ALIGN > 1)
                 state = _vector(states + n * (GROUPS * EACH), channel, mine)
                 decay = tl.exp2(step * rate[None, :])
-                h, state = _states(decay, x * b, state, LOG_T, REVERSE)
+                h, state = _states(decay, taken * b, state, LOG_T, REVERSE)
                 y += h * c
                 tl.store(onward + n * (GROUPS * EACH) + channel, state, mask=mine & (i + 1 < count))
                 if last is not None:
@@ -312,11 +322,11 @@ def forward_rows(
         at = (tiles - tile - TILES if REVERSE else tile) * SHORT
         first = at.to(tl.int64)
         real = ((at + token >= 0) & (at + token < L))[:, None] & mine[None, :]
-        step, _v = _step(delta, bias, first * delta_t, real, SOFTPLUS, False)
-        x = _tile(u, first * u_t, real, False)
+        step, _v = _step(_spread(delta, first * delta_t, real), bias, real, SOFTPLUS)
+        x = _spread(u, first * u_t, real)
         # Each thread reads what its channels need of maps, as it reads u.
-        b = _tile(tl.broadcast_to(B + (token * B_t)[:, None], (T, BLOCK_C)), first * B_t, real, False)
-        c = _tile(tl.broadcast_to(C + (token * C_t)[:, None], (T, BLOCK_C)), first * C_t, real, False)
+        b = _spread(tl.broadcast_to(B + (token * B_t)[:, None], (T, BLOCK_C)), first * B_t, real)
+        c = _spread(tl.broadcast_to(C + (token * C_t)[:, None], (T, BLOCK_C)), first * C_t, real)
         h = _states_across(tl.exp2(step * rate[None, :]), step * x * b, state, T, REVERSE)
         state = _picked(h, token[:, None] == (0 if REVERSE else T - 1), 0)
         if states is not None:
@@ -328,7 +338,7 @@ def forward_rows(
             tl.store(place, kept, mask=(after < end)[:, None] & mine[None, :])
         y = h * c + skip[None, :] * x
         if z is not None:
-            gate = _tile(z, first * z_t, real, False)
+            gate = _spread(z, first * z_t, real)
             y *= gate * _sigmoid(gate)
         tl.store(out + first * out_t, y.to(out.dtype.element_ty), mask=real)
     if last is not None:
@@ -389,7 +399,7 @@ def backward(
         left = L - tile * T
         there = tl.arange(0, T) < left
         real = there[:, None] & mine[None, :]
-        step, v = _step(delta, bias, first * delta_t, real, SOFTPLUS)
+        step, v = _step(_tile(delta, first * delta_t, real), bias, real, SOFTPLUS)
         x = _tile(u, first * u_t, real)
         by_out = _tile(grad, first * g_t, real)
         by_y = by_out
@@ -487,7 +497,7 @@ def split_ends(
         first = tile.to(tl.int64) * T
         left = L - tile * T
         real = (tl.arange(0, T) < left)[:, None] & mine[None, :]
-        step, _v = _step(delta, bias, first * delta_t, real, SOFTPLUS)
+        step, _v = _step(_tile(delta, first * delta_t, real), bias, real, SOFTPLUS)
         added = _tile(x, first * x_t, real)
         if z is not None:
             gate = _tile(z, first * z_t, real)

@@ -211,13 +211,14 @@ def test_state_carries_on(reverse: bool) -> None:
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles that the interpreter gets through in time: few tokens, and channels of which the last are not there."""
-    monkeypatch.setattr(tiles, "TOKENS", 8)
-    monkeypatch.setattr(tiles, "LONGEST", 16)
-    monkeypatch.setattr(tiles, "rows", lambda *sizes: tiles.Tile(4, warps=1))
-    monkeypatch.setattr(tiles, "forward", lambda states: tiles.Tile(4, warps=1))
-    monkeypatch.setattr(tiles, "backward", lambda states: tiles.Tile(2, warps=1, unroll=2 - states % 2))
+def small_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are short, and tiles that the interpreter gets through in time, with channels that are not there."""
+    monkeypatch.setattr(tiles, "LONGEST", 16 if device.type == "cpu" else 32)
+    monkeypatch.setattr(tiles, "rows", lambda each: tiles.Tile(4, warps=1))
+    if device.type == "cpu":
+        monkeypatch.setattr(tiles, "TOKENS", 8)
+        monkeypatch.setattr(tiles, "forward", lambda states: tiles.Tile(4, warps=1))
+        monkeypatch.setattr(tiles, "backward", lambda states: tiles.Tile(2, warps=1, unroll=2 - states % 2))
 
 
 small = pytest.mark.usefixtures("small_tiles")
@@ -270,9 +271,10 @@ def test_splits_join(
 @pytest.mark.parametrize("reverse", [False, True])
 def test_many_splits_join(reverse: bool, device: torch.device, checks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than are joined at a time."""
-    monkeypatch.setattr(tiles, "TOKENS", 2)
+    tokens = 2 if device.type == "cpu" else tiles.TOKENS
+    monkeypatch.setattr(tiles, "TOKENS", tokens)
     monkeypatch.setattr(tiles, "splits", lambda warps, count, multiprocessors: count)
-    case = Case(1, 1, 139, reverse=reverse)
+    case = Case(1, 1, 70 * tokens - 1, reverse=reverse)
     plain = case.call("reference")
     checks.factor_two(case.call("triton"), plain, plain, case.tensors(torch.float32, device))
 
@@ -414,7 +416,7 @@ NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 def positional(case: Case, tensors: Tensors, return_state: bool = False) -> tuple[Any, ...]:
     """Arguments of the registered operator."""
     inputs = (tensors.get(name) for name in NAMES)
-    return *inputs, case.softplus, case.reverse, return_state, True, 8, tensors["u"].dtype
+    return *inputs, case.softplus, case.reverse, return_state, True, tiles.TOKENS, tensors["u"].dtype
 
 
 def registered(case: Case) -> Callable[[Tensors], Tensor]:
