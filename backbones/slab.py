@@ -388,15 +388,16 @@ class SoftmaxWindowAttention(ShiftedWindowAttention):
 # Models.
 
 
-def norm_builder(config: SlabFields, eps: float | None = None) -> MakeNorm:
-    """What builds the norms of a model; `eps` is LayerNorm's, where the frame's own is not meant."""
+def norm_builder(config: SlabFields, layer_norm_eps: float | None = None) -> MakeNorm:
+    """What builds the norms of a model; LayerNorm's eps is the frame's, unless it is given."""
 
     def build(channels: int, *, keep_float32: bool = False, eps: float = 1e-5) -> nn.Module:
         if config.norm_steps == 0:
             return RepBN(channels, keep_float32)
-        return ProgressiveNorm(channels, config.norm_steps, config.norm_warmup, chosen or eps, keep_float32)
+        return ProgressiveNorm(
+            channels, config.norm_steps, config.norm_warmup, layer_norm_eps or eps, keep_float32=keep_float32
+        )
 
-    chosen = eps
     return build
 
 
@@ -504,7 +505,7 @@ class SlabPvt(Slab, PvtHost):
     no_decay = r"$^"
 
     def __init__(self, config: SlabPvtConfig, **kwargs: Any) -> None:
-        norm = norm_builder(config, eps=1e-6)
+        norm = norm_builder(config, layer_norm_eps=1e-6)
 
         def mixer(stage: int, block: int) -> nn.Module:
             del block

@@ -323,6 +323,19 @@ def test_impossible_configurations(name: str, override: dict[str, Any], message:
         vizoo.create_model(name, **override)
 
 
+@torch.no_grad()
+def test_a_dense_version_shifts_on_every_map_and_folds() -> None:
+    dense = {"num_classes": None, "features_only": True, "output_norms": True, "depths": (2, 1, 2, 1)}
+    model, x = tiny("slab_swin", **dense), torch.randn(1, 3, 45, 70)
+    assert [block.attn.shift(8, 8) for block in model.layers[0].blocks] == [0, 4]
+    assert [block.attn.shift(8, 8) for block in tiny("slab_swin").layers[0].blocks] == [0, 0]
+    maps = model(x)
+    for got, want in zip(model.fuse()(x), maps, strict=True):
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    kept = {type(module) for module in model.modules() if isinstance(module, (RepBN, ProgressiveNorm, nn.LayerNorm))}
+    assert kept == {vizoo.backbones.layers.LayerNorm}  # of the outputs
+
+
 def test_windows_follow_the_kind_of_attention() -> None:
     windows = {name: vizoo.describe(name).config.windows for name in ("slab_swin_tiny", "swin_tiny_prepbn")}
     assert windows == {"slab_swin_tiny": (56, 28, 7, 7), "swin_tiny_prepbn": (7, 7, 7, 7)}

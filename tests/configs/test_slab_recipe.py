@@ -74,3 +74,9 @@ def test_model_schedule_and_expectation_are_the_published_ones(name: str) -> Non
     assert (int(steps[1].replace(",", "")) if steps else 0) == variant.config.norm_steps
     updates = config.train_cfg.max_epochs * (1_281_167 // (8 * config.train_dataloader.batch_size))
     assert variant.config.norm_steps < updates, "LayerNorm is to have no share at the end"
+
+
+@pytest.mark.parametrize(("name", "rate"), [("slab_swin_tiny", 0.1), ("slab_swin_small", 0.2)])
+def test_detectors_take_the_published_drop_path(name: str, rate: float) -> None:
+    config = load_config("coco/mask_rcnn_1x", [f"model.backbone.name={name}"])
+    assert config.model.backbone.drop_path_rate == rate
