@@ -457,10 +457,11 @@ def take_progressive_norms(state: dict[str, Tensor], own: Mapping[str, Tensor], 
     renamed = []
     if not wrapped_norms(state):
         for key in list(state):
-            found = re.fullmatch(r"(.+\.)((?:alpha|bn\.\w+))", key)
+            found = re.fullmatch(r"(.+\.)(alpha|bn\.\w+)", key)
             if found:
                 renamed.append(f"{found[1]}norm2.{found[2]}")
                 state[renamed[-1]] = state.pop(key)
+    if renamed:
         done["norms"] = "batch norms, to which a LayerNorm without a share was added"
         missing = [key for key in own if re.search(r"(?:^|\.)norm1\.(?:weight|bias)$", key) and key not in state]
         state |= {key: own[key] for key in missing}

@@ -246,6 +246,9 @@ def test_fusing_leaves_no_norm(host: str) -> None:
     twin.fuse(keep_norm=False)
     assert (twin(x) - logits).abs().max() <= 1e-5 * scale
     assert not [module for module in twin.modules() if isinstance(module, (RepBN, ProgressiveNorm, nn.LayerNorm))]
+    other = tiny(host).fuse(keep_norm=False)
+    assert not vizoo.load_checkpoint(other, twin.state_dict()).adapted
+    assert torch.equal(other(x), twin(x))
 
 
 @torch.no_grad()
