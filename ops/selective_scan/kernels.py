@@ -170,18 +170,9 @@ def _offsets(batch, channel, stride_b, stride_c, stride_t, T: tl.constexpr):
 
 
 @triton.jit
-def _map(pointer, stride, left, T: tl.constexpr, TOGETHER: tl.constexpr):
-    """B or C of one state at the tokens of a tile, (T, 1), of which so many are left in the sequence.
-
-    All threads read the same. Where tokens are not together, the last one stands for those that are not there: a mask
-    for each token would take longer than what is done with it.
-    """
-    token = tl.arange(0, T)
-    if TOGETHER:
-        row = tl.load(pointer + token * stride, mask=token < left, other=0.0)
-    else:
-        row = tl.load(pointer + tl.minimum(token, left - 1) * stride)
-    return row.to(tl.float32)[:, None]
+def _map(pointer, T: tl.constexpr):
+    """B or C of one state at the tokens of a tile, (T, 1). All threads read the same, many tokens at once."""
+    return tl.load(pointer + tl.arange(0, T)).to(tl.float32)[:, None]
 
 
 @triton.jit
@@ -210,19 +201,39 @@ def _multiple(stride, ALIGN: tl.constexpr):
     return stride if ALIGN == 1 else stride // ALIGN * ALIGN
 
 
+@triton.jit(do_not_specialize=["L"])
+def lay_out(
+    B, C, to_B, to_C, L, padded, B_b, B_g, B_n, B_t, C_b, C_g, C_n, C_t,
+    GROUPS: tl.constexpr, N: tl.constexpr, T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Copies maps so that tokens lie together, (batch, groups, N, padded), zero beyond the sequence."""
+    blocks = tl.cdiv(padded, T)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    token = (tl.program_id(0) % blocks * T + tl.arange(0, T)).to(tl.int64)[:, None]
+    n = tl.arange(0, BLOCK_N).to(tl.int64)[None, :]
+    there, inside = (token < L) & (n < N), (token < padded) & (n < N)
+    place = row * (N * padded) + n * padded + token
+    B += row // GROUPS * B_b + row % GROUPS * B_g
+    C += row // GROUPS * C_b + row % GROUPS * C_g
+    tl.store(to_B + place, tl.load(B + (n * B_n + token * B_t), mask=there, other=0.0), mask=inside)
+    tl.store(to_C + place, tl.load(C + (n * C_n + token * C_t), mask=there, other=0.0), mask=inside)
+
+
 @triton.jit(do_not_specialize=["tiles", "tiles_each", "splits"])
 def forward(
     u, delta, A, B, C, D, z, bias, start, out, last, states, L, tiles, tiles_each, splits,
     u_b, u_c, u_t, delta_b, delta_c, delta_t, z_b, z_c, z_t, out_b, out_c, out_t,
-    B_b, B_g, B_n, B_t, C_b, C_g, C_n, C_t,
+    padded,
     GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,
     LOG_T: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
     """Output; the state before each tile in the order of the scan, (batch, tiles, N, channels), and the last of all.
 
+    B and C are (batch, groups, N, padded), whole tiles, zero beyond the sequence. A is (N, channels).
+
     Without KEEP there is one place for the states of a split, (batch, splits, N, channels). Such is `start`, the state
-    before each split; the last is (batch, N, channels). What is None is zero, or not written. A is (N, channels).
+    before each split; the last is (batch, N, channels). What is None is zero, or not written.
     """
     batch, split, group, _block, channel, mine = _place(splits, BLOCKS, GROUPS, EACH, BLOCK_C)
     T: tl.constexpr = 2**LOG_T
@@ -233,8 +244,7 @@ def forward(
     out += _offsets(batch, channel, _multiple(out_b, ALIGN), _multiple(out_c, ALIGN), out_t, T)
     if z is not None:
         z += _offsets(batch, channel, _multiple(z_b, ALIGN), _multiple(z_c, ALIGN), z_t, T)
-    B += batch.to(tl.int64) * _multiple(B_b, ALIGN) + group.to(tl.int64) * _multiple(B_g, ALIGN)
-    C += batch.to(tl.int64) * _multiple(C_b, ALIGN) + group.to(tl.int64) * _multiple(C_g, ALIGN)
+    maps = (batch * GROUPS + group).to(tl.int64) * (N * padded)
     skip, bias = _vector(D, channel, mine), _vector(bias, channel, mine)
     row = (batch * splits + split).to(tl.int64)
     if start is not None:
@@ -252,8 +262,7 @@ def forward(
     x = tl.load(u + tile.to(tl.int64) * T * u_t, mask=there, other=0.0)
     for i in range(count):
         first = tile.to(tl.int64) * T
-        left = L - tile * T
-        real = (tl.arange(0, T) < left)[:, None] & mine[None, :]
+        real = (tl.arange(0, T) < L - tile * T)[:, None] & mine[None, :]
         step, _v = _step(_held(v).to(tl.float32), bias, real, SOFTPLUS)
         now = _held(x).to(tl.float32)
         tile += -1 if REVERSE else 1
@@ -268,8 +277,8 @@ def forward(
             for k in tl.static_range(UNROLL):
                 n = some + k
                 rate = _vector(A + n * (GROUPS * EACH), channel, mine) * LOG2E
-                b = _map(B + first * B_t + n * _multiple(B_n, ALIGN), B_t, left, T, ALIGN > 1)
-                c = _map(C + first * C_t + n * _multiple(C_n, ALIGN), C_t, left, T, ALIGN > 1)
+                b = _map(B + maps + (n * padded + first), T)
+                c = _map(C + maps + (n * padded + first), T)
                 state = _vector(states + n * (GROUPS * EACH), channel, mine)
                 decay = tl.exp2(step * rate[None, :])
                 h, state = _states(decay, taken * b, state, LOG_T, REVERSE)
@@ -289,7 +298,7 @@ def forward(
 def forward_rows(
     u, delta, A, B, C, D, z, bias, start, out, last, states, L, tiles, tiles_each, splits,
     u_b, u_c, u_t, delta_b, delta_c, delta_t, z_b, z_c, z_t, out_b, out_c, out_t,
-    B_b, B_g, B_n, B_t, C_b, C_g, C_n, C_t,
+    padded,
     GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, LOG_T: tl.constexpr, BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, LOG_ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -306,8 +315,7 @@ def forward_rows(
     out += _offsets(batch, channel, _multiple(out_b, ALIGN), _multiple(out_c, ALIGN), out_t, T)
     if z is not None:
         z += _offsets(batch, channel, _multiple(z_b, ALIGN), _multiple(z_c, ALIGN), z_t, T)
-    B += batch.to(tl.int64) * _multiple(B_b, ALIGN) + group.to(tl.int64) * _multiple(B_g, ALIGN)
-    C += batch.to(tl.int64) * _multiple(C_b, ALIGN) + group.to(tl.int64) * _multiple(C_g, ALIGN)
+    maps = (batch * GROUPS + group).to(tl.int64) * padded + token[:, None]
     rate = _vector(A, channel, mine) * LOG2E
     skip, bias = _vector(D, channel, mine), _vector(bias, channel, mine)
     state = tl.zeros((BLOCK_C,), tl.float32)
@@ -325,8 +333,8 @@ def forward_rows(
         step, _v = _step(_spread(delta, first * delta_t, real), bias, real, SOFTPLUS)
         x = _spread(u, first * u_t, real)
         # Each thread reads what its channels need of maps, as it reads u.
-        b = _spread(tl.broadcast_to(B + (token * B_t)[:, None], (T, BLOCK_C)), first * B_t, real)
-        c = _spread(tl.broadcast_to(C + (token * C_t)[:, None], (T, BLOCK_C)), first * C_t, real)
+        b = _spread(tl.broadcast_to(B + maps, (T, BLOCK_C)), first, real)
+        c = _spread(tl.broadcast_to(C + maps, (T, BLOCK_C)), first, real)
         h = _states_across(tl.exp2(step * rate[None, :]), step * x * b, state, T, REVERSE)
         state = _picked(h, token[:, None] == (0 if REVERSE else T - 1), 0)
         if states is not None:
@@ -351,7 +359,7 @@ def backward(
     grad_u, grad_delta, grad_z, parts_B, parts_C, parts_A, parts_D, parts_bias, grad_start,
     L, tiles, tiles_each, splits,
     g_b, g_c, g_t, u_b, u_c, u_t, delta_b, delta_c, delta_t, z_b, z_c, z_t, out_b, out_c, out_t,
-    B_b, B_g, B_n, B_t, C_b, C_g, C_n, C_t, part, part_b, part_g, part_n, part_t,
+    padded, part, part_b, part_g, part_n, part_t,
     GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,
     LOG_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
     SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
@@ -372,8 +380,7 @@ def backward(
     places = _offsets(batch, channel, _multiple(out_b, ALIGN), _multiple(out_c, ALIGN), out_t, T)
     if z is not None:
         z += _offsets(batch, channel, _multiple(z_b, ALIGN), _multiple(z_c, ALIGN), z_t, T)
-    B += batch.to(tl.int64) * _multiple(B_b, ALIGN) + group.to(tl.int64) * _multiple(B_g, ALIGN)
-    C += batch.to(tl.int64) * _multiple(C_b, ALIGN) + group.to(tl.int64) * _multiple(C_g, ALIGN)
+    maps = (batch * GROUPS + group).to(tl.int64) * (N * padded)
     n_there = tl.arange(0, BLOCK_N) < N
     map_places = (tl.arange(0, T) * part_t)[:, None] + (tl.arange(0, BLOCK_N) * part_n)[None, :]
     map_places += block.to(tl.int64) * part + batch.to(tl.int64) * part_b + group.to(tl.int64) * part_g
@@ -396,8 +403,7 @@ def backward(
             tile = tiles - 1 - tile
         states -= N * CHANNELS
         first = tile.to(tl.int64) * T
-        left = L - tile * T
-        there = tl.arange(0, T) < left
+        there = tl.arange(0, T) < L - tile * T
         real = there[:, None] & mine[None, :]
         step, v = _step(_tile(delta, first * delta_t, real), bias, real, SOFTPLUS)
         x = _tile(u, first * u_t, real)
@@ -415,8 +421,8 @@ def backward(
             for k in tl.static_range(UNROLL):
                 n = some + k
                 rate = _vector(A + n * CHANNELS, channel, mine)
-                b = _map(B + first * B_t + n * _multiple(B_n, ALIGN), B_t, left, T, ALIGN > 1)
-                c = _map(C + first * C_t + n * _multiple(C_n, ALIGN), C_t, left, T, ALIGN > 1)
+                b = _map(B + maps + (n * padded + first), T)
+                c = _map(C + maps + (n * padded + first), T)
                 state = _vector(states + n * CHANNELS, channel, mine)
                 flow = _vector(waiting + n * CHANNELS, channel, mine)
                 by_rate = _vector(parts_A + n * CHANNELS, channel, mine)
@@ -464,7 +470,7 @@ def backward(
 @triton.jit(do_not_specialize=["tiles", "tiles_each", "splits"])
 def split_ends(
     x, delta, A, M, z, bias, ends, sums, L, tiles, tiles_each, splits,
-    x_b, x_c, x_t, delta_b, delta_c, delta_t, z_b, z_c, z_t, M_b, M_g, M_n, M_t,
+    x_b, x_c, x_t, delta_b, delta_c, delta_t, z_b, z_c, z_t, padded,
     GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,
     LOG_T: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -482,7 +488,7 @@ def split_ends(
     delta += _offsets(batch, channel, _multiple(delta_b, ALIGN), _multiple(delta_c, ALIGN), delta_t, T)
     if z is not None:
         z += _offsets(batch, channel, _multiple(z_b, ALIGN), _multiple(z_c, ALIGN), z_t, T)
-    M += batch.to(tl.int64) * _multiple(M_b, ALIGN) + group.to(tl.int64) * _multiple(M_g, ALIGN)
+    M += (batch * GROUPS + group).to(tl.int64) * (N * padded)
     bias = _vector(bias, channel, mine)
     row = (batch * splits + split).to(tl.int64)
     ends += row * (N * CHANNELS)
@@ -495,8 +501,7 @@ def split_ends(
         if REVERSE:
             tile = tiles - 1 - tile
         first = tile.to(tl.int64) * T
-        left = L - tile * T
-        real = (tl.arange(0, T) < left)[:, None] & mine[None, :]
+        real = (tl.arange(0, T) < L - tile * T)[:, None] & mine[None, :]
         step, _v = _step(_tile(delta, first * delta_t, real), bias, real, SOFTPLUS)
         added = _tile(x, first * x_t, real)
         if z is not None:
@@ -514,7 +519,7 @@ def split_ends(
             for k in tl.static_range(UNROLL):
                 n = some + k
                 rate = _vector(A + n * CHANNELS, channel, mine) * LOG2E
-                m = _map(M + first * M_t + n * _multiple(M_n, ALIGN), M_t, left, T, ALIGN > 1)
+                m = _map(M + (n * padded + first), T)
                 end = _vector(ends + n * CHANNELS, channel, mine)
                 new = tl.sum(tl.exp2(behind * rate[None, :]) * (added * m), 0)
                 tl.store(ends + n * CHANNELS + channel, tl.exp2(through * rate) * end + new, mask=mine)

@@ -82,7 +82,7 @@ def forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output; last state, empty unless asked for; states at the starts of tiles, empty unless they are to be kept."""
-    u, delta, B, C, z = _near(u), _near(delta), _near(B), _near(C), None if z is None else _near(z)
+    u, delta, z = _near(u), _near(delta), None if z is None else _near(z)
     out = empty_like(u, dtype)
     batch, channels, length = u.shape
     states = int(A.shape[1])
@@ -90,16 +90,17 @@ def forward(
     in_rows = tiles.in_rows(states, known(u.stride(2) == 1), length)
     tile = tiles.rows(int(channels) // int(B.shape[1])) if in_rows else tiles.forward(states)
     row = tiles.LONGEST // tokens if in_rows else 1
-    grid = _grid(tile, row, u, B, tokens, softplus, reverse, (u, delta, z, out), (B, C))
+    grid = _grid(tile, row, u, B, tokens, softplus, reverse, (u, delta, z, out))
     kept = u.new_empty((batch, grid.tiles, states, channels) if keep else 0, dtype=torch.float32)
     A, D, bias, start = A.t().contiguous(), _contiguous(D), _contiguous(bias), _row(initial_state)
     if not out.numel():
         return out, last.transpose(1, 2), kept
     with gpu.on(u.device):
+        B, C = _maps(B, C, tokens)
         if grid.splits > 1:
             start = _split_starts(grid, start, A, (u, delta, B, None, bias), backward=False)
         inputs = (u, delta, A, B, C, D, z, bias, start, out, last if return_state else None)
-        sizes = (*grid.sizes, *_strides(u, delta, z, out), *B.stride(), *C.stride())
+        sizes = (*grid.sizes, *_strides(u, delta, z, out), B.shape[3])
         if in_rows:
             launchable(kernels.forward_rows)[grid.programs(tile)](
                 *inputs, kept if keep else None, *sizes, **grid.options(tile), LOG_ROWS=_log2(row)
@@ -134,23 +135,24 @@ def backward(
     Programs write their sums side by side, and torch adds them up: one order, no atomics.
     """
     grad_out = torch.zeros_like(u) if grad_out is None else _near(grad_out)
-    u, delta, B, C, z = _near(u), _near(delta), _near(B), _near(C), None if z is None else _near(z)
+    u, delta, z = _near(u), _near(delta), None if z is None else _near(z)
     grad_u, grad_delta = empty_like(u), empty_like(u, delta.dtype)
     grad_z = None if z is None else empty_like(u, z.dtype)
     states = int(A.shape[1])
     tile = tiles.backward(states)
-    grid = _grid(tile, 1, u, B, tokens, softplus, reverse, (u, delta, z, grad_out, grad_u), (B, C))
+    grid = _grid(tile, 1, u, B, tokens, softplus, reverse, (u, delta, z, grad_out, grad_u))
     parts = _Parts(u, A, B, grid, tile, D is not None, bias is not None, initial_state is not None)
     if u.numel():
         rates, skip, shift, flows = A.t().contiguous(), _contiguous(D), _contiguous(bias), _row(grad_last)
         half = all(tensor.dtype == torch.bfloat16 for tensor in (u, B, C))
         with gpu.on(u.device):
+            laid_B, laid_C = _maps(B, C, tokens)
             if grid.splits > 1:
-                flows = _split_starts(grid, flows, rates, (grad_out, delta, C, z, shift), backward=True)
+                flows = _split_starts(grid, flows, rates, (grad_out, delta, laid_C, z, shift), backward=True)
             launchable(kernels.backward)[grid.programs(tile)](
-                grad_out, u, delta, rates, B, C, skip, z, shift, kept, flows, torch.empty_like(parts.A),
+                grad_out, u, delta, rates, laid_B, laid_C, skip, z, shift, kept, flows, torch.empty_like(parts.A),
                 grad_u, grad_delta, grad_z, parts.B, parts.C, parts.A, parts.D, parts.bias, parts.start,
-                *grid.sizes, *_strides(grad_out, u, delta, z, grad_u), *B.stride(), *C.stride(), *parts.B.stride(),
+                *grid.sizes, *_strides(grad_out, u, delta, z, grad_u), laid_B.shape[3], *parts.B.stride(),
                 **grid.options(tile), N=states, UNROLL=tile.unroll, BLOCK_N=max(16, 1 << (states - 1).bit_length()),
                 PRECISION="tf32" if half else "tf32x3",
             )  # fmt: skip
@@ -196,7 +198,7 @@ def _map_total(parts: Tensor) -> Tensor:
 
 def _grid(
     tile: Tile, row: int, u: Tensor, B: Tensor, tokens: int, softplus: bool, reverse: bool,
-    sequences: Sequence[Tensor | None], maps: Sequence[Tensor],
+    sequences: Sequence[Tensor | None],
 ) -> Grid:  # fmt: skip
     """Splits have whole rows of so many tiles."""
     batch, channels, length = u.shape
@@ -209,7 +211,7 @@ def _grid(
         splits = tiles.splits(warps, count, gpu.multiprocessors(u.device))
     tiles_each = -(-count // (splits * row)) * row
     constants = {
-        "GROUPS": groups, "EACH": each, "LOG_T": _log2(tokens), "ALIGN": _alignment(sequences, maps),
+        "GROUPS": groups, "EACH": each, "LOG_T": _log2(tokens), "ALIGN": _alignment(sequences),
         "SOFTPLUS": softplus, "REVERSE": reverse,
     }  # fmt: skip
     return Grid(batch, length, count, tiles_each, -(-count // tiles_each), each, constants)
@@ -233,7 +235,7 @@ def _split_starts(
     ends = x.new_empty((grid.batch, grid.splits, states, channels), dtype=torch.float32)
     sums = x.new_empty((grid.batch, grid.splits, channels), dtype=torch.float32)
     launchable(kernels.split_ends)[grid.programs(tile)](
-        x, delta, A, M, z, bias, ends, sums, *grid.sizes, *_strides(x, delta, z), *M.stride(),
+        x, delta, A, M, z, bias, ends, sums, *grid.sizes, *_strides(x, delta, z), M.shape[3],
         **grid.options(tile), N=states, UNROLL=tile.unroll, BACKWARD=backward,
     )  # fmt: skip
     starts, block = torch.empty_like(ends), 32
@@ -262,12 +264,26 @@ def _row(state: Tensor | None) -> Tensor | None:
     return None if state is None else state.transpose(1, 2).to(torch.float32).contiguous()
 
 
-def _alignment(sequences: Sequence[Tensor | None], maps: Sequence[Tensor]) -> int:
+def _maps(B: Tensor, C: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """B and C with tokens together, in whole tiles, zero beyond the sequence; themselves if they are so."""
+    batch, groups, states, length = B.shape
+    if known(length % tokens == 0) and B.is_contiguous() and C.is_contiguous():
+        return B, C
+    padded, block = -(-length // tokens) * tokens, 64
+    laid_B, laid_C = (m.new_empty((batch, groups, states, padded)) for m in (B, C))
+    launchable(kernels.lay_out)[(batch * groups * -(-padded // block),)](
+        B, C, laid_B, laid_C, length, padded, *B.stride(), *C.stride(),
+        GROUPS=int(groups), N=int(states), T=block, BLOCK_N=1 << (int(states) - 1).bit_length(), num_warps=4,
+    )  # fmt: skip
+    return laid_B, laid_C
+
+
+def _alignment(sequences: Sequence[Tensor | None]) -> int:
     """A power of two that divides all distances between rows of tokens, where tokens lie together; else 1.
 
     Compilers find out about 16 by themselves.
     """
-    tensors = [tensor for tensor in (*sequences, *maps) if tensor is not None]
+    tensors = [tensor for tensor in sequences if tensor is not None]
     if not all(known(tensor.stride(-1) == 1) for tensor in tensors):
         return 1
     numbers = [tensors[0].shape[-1], *(stride for tensor in tensors for stride in tensor.stride()[:-1])]

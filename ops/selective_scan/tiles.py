@@ -48,7 +48,7 @@ def forward(states: int) -> Tile:
 @lru_cache
 def backward(states: int) -> Tile:
     """Tile of the kernel of the gradients. Few channels a tile are many parts of the gradients of B and C."""
-    return Tile(32, warps=1, unroll=_divisor(states, 4))
+    return Tile(32, warps=1, unroll=_divisor(states, 2))
 
 
 def _divisor(number: int, most: int) -> int:
