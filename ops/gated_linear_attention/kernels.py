@@ -117,14 +117,14 @@ def _places(backwards, ROWS: tl.constexpr):
 
 @triton.jit
 def _until(place):
-    """Which tokens come up to each one, and itself."""
-    return place[:, None] >= place[None, :]
+    """Ones for tokens that come up to each one, and itself."""
+    return tl.where(place[:, None] >= place[None, :], 1.0, 0.0)
 
 
 @triton.jit
 def _after(place):
-    """Which tokens come after each one."""
-    return place[:, None] < place[None, :]
+    """Ones for tokens that come after each one."""
+    return tl.where(place[:, None] < place[None, :], 1.0, 0.0)
 
 
 @triton.jit
@@ -136,13 +136,13 @@ def _steps(a, LEVELS: tl.constexpr):
 
 @triton.jit
 def _step(place, level, little):
-    """Whose decays lie between each token and the middle of its block, or where little fades the start of the tile; and
-    which pairs of tokens a step joins."""
+    """Ones for tokens whose decays lie between each one and the middle of its block, or where little fades the start of
+    the tile; and which pairs of tokens a step joins."""
     own, other = place[:, None], place[None, :]
     apart = ((own ^ other) >> level) * (1 - little)
     right = ((own >> level) & 1) | little
     between = (apart == 0) & ((own >= other) == (right == 1))
-    return between, (apart == 1 - little) & (own > other)
+    return tl.where(between, 1.0, 0.0), (apart == 1 - little) & (own > other)
 
 
 @triton.jit
@@ -153,14 +153,13 @@ def _product(a, b, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def _sums(chosen, value, OPERAND: tl.constexpr):
-    """Sums over rows, of those chosen for each. In half precision value comes in two parts: all of it counts."""
+def _sums(ones, value, OPERAND: tl.constexpr):
+    """Sums over rows, of those that have ones. In half precision value comes in two parts: all of it counts."""
     if tl.float32 == OPERAND:
-        return tl.dot(chosen.to(tl.float32), value, input_precision="tf32x3")
+        return tl.dot(ones, value, input_precision="tf32x3")
     high = value.to(OPERAND)
     low = (value - high.to(tl.float32)).to(OPERAND)
-    ones = chosen.to(OPERAND)
-    return tl.dot(ones, low, tl.dot(ones, high))
+    return tl.dot(ones.to(OPERAND), low, tl.dot(ones.to(OPERAND), high))
 
 
 @triton.jit
