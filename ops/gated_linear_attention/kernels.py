@@ -212,7 +212,7 @@ def states(
     gradient of the state is walked the other way, with queries and the gradient of the output.
     """
     program = tl.program_id(0)
-    head, direction = program % HEADS, program // HEADS % DIRECTIONS
+    head, direction = tl.cast(program % HEADS, tl.int64), program // HEADS % DIRECTIONS
     chunk = program // (HEADS * DIRECTIONS) % chunks
     image = tl.cast(program // (HEADS * DIRECTIONS) // chunks, tl.int64)
     backwards = direction + REVERSE
@@ -327,7 +327,8 @@ def outputs(
     """Output of a tile: what its tokens read in the states that it finds, and what they see of each other."""
     program = tl.program_id(0)
     tiles = (tokens + ROWS - 1) // ROWS
-    head, tile, image = program % HEADS, program // HEADS % tiles, tl.cast(program // HEADS // tiles, tl.int64)
+    head, image = tl.cast(program % HEADS, tl.int64), tl.cast(program // HEADS // tiles, tl.int64)
+    tile = program // HEADS % tiles
     start = tile * ROWS
     query = _tile(q + image * q_batch + head * q_head, start, tokens, q_token, DK, BLOCK_K, ROWS).to(tl.float32)
     key = _tile(k + image * k_batch + head * k_head, start, tokens, k_token, DK, BLOCK_K, ROWS).to(tl.float32)
@@ -398,7 +399,8 @@ def gradients(
     """Gradients of a tile, from the states that it finds and the gradients of those that it leaves."""
     program = tl.program_id(0)
     tiles = (tokens + ROWS - 1) // ROWS
-    head, tile, image = program % HEADS, program // HEADS % tiles, tl.cast(program // HEADS // tiles, tl.int64)
+    head, image = tl.cast(program % HEADS, tl.int64), tl.cast(program // HEADS // tiles, tl.int64)
+    tile = program // HEADS % tiles
     start, factor = tile * ROWS, tl.cast(scale, tl.float32)
     query = _tile(q + image * q_batch + head * q_head, start, tokens, q_token, DK, BLOCK_K, ROWS).to(tl.float32)
     key = _tile(k + image * k_batch + head * k_head, start, tokens, k_token, DK, BLOCK_K, ROWS).to(tl.float32)
