@@ -250,7 +250,11 @@ def test_kernels_on_small_tiles(case: Case, device: torch.device, checks: Any) -
 @pytest.mark.parametrize(
     "case", [SMALL[0], *[pytest.param(c, marks=pytest.mark.gpu, id=str(c)) for c in LARGE]], ids=str
 )
-def test_kernels(case: Case, dtype: torch.dtype, device: torch.device, checks: Any) -> None:
+def test_kernels(
+    case: Case, dtype: torch.dtype, device: torch.device, checks: Any, request: pytest.FixtureRequest
+) -> None:
+    if device.type == "cpu":
+        request.getfixturevalue("small_tiles")
     plain = case.call("reference")
     checks.factor_two(case.call("triton"), plain, plain, case.tensors(dtype, device))
 
@@ -268,13 +272,14 @@ def test_splits_join(
     checks.factor_two(case.call("triton"), plain, plain, case.tensors(torch.float32, device))
 
 
+@small
 @pytest.mark.parametrize("reverse", [False, True])
 def test_many_splits_join(reverse: bool, device: torch.device, checks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than are joined at a time."""
     tokens = 2 if device.type == "cpu" else tiles.TOKENS
     monkeypatch.setattr(tiles, "TOKENS", tokens)
     monkeypatch.setattr(tiles, "splits", lambda warps, count, multiprocessors: count)
-    case = Case(1, 1, 70 * tokens - 1, reverse=reverse)
+    case = Case(1, 1, 70 * tokens - 1, states=2, reverse=reverse)
     plain = case.call("reference")
     checks.factor_two(case.call("triton"), plain, plain, case.tensors(torch.float32, device))
 
