@@ -513,7 +513,7 @@ def gradients(
             dstep = left * dstep + tl.sum(pair, 0)
             # A change of the rate at t changes what reaches t and later tokens of those before it. Each such pair is
             # added; differences of sums over all would drown in the pairs that lie on one side.
-            upper = (row[:, None] <= row[None, :]).to(v.dtype)
+            upper = tl.where(row[:, None] <= row[None, :], 1.0, 0.0).to(v.dtype)  # older Triton cannot convert a truth
             pair = tl.where(row[:, None] > row[None, :], pair * step[None, :], 0.0)
             main_pair, lost_pair, scale = _split(pair, v.dtype)
             crossing = _times(upper, main_pair, lost_pair, scale, PRECISION)
