@@ -178,6 +178,5 @@ _OPERATOR = dispatch.Operator(
     reference=gated_linear_attention_reference,
     triton=gated_linear_attention_triton,
     unsupported=unsupported_reasons,
-    proven=False,
 )
 dispatch.register(gated_linear_attention, _OPERATOR)

@@ -151,6 +151,5 @@ _OPERATOR = dispatch.Operator(
     reference=linear_attention_reference,
     triton=linear_attention_triton,
     unsupported=unsupported_reasons,
-    proven=False,
 )
 dispatch.register(linear_attention, _OPERATOR)
