@@ -151,7 +151,7 @@ def _speed_table(result: Mapping[str, Any]) -> str:
     lines = [
         f"{where}:",
         "",
-        f"| model | mode | run | batch | CPU threads | images/s | {' | '.join(f'times {peer}' for peer in peers)} |",
+        f"| {' | '.join(['model', 'mode', 'run', 'batch', 'CPU threads', 'images/s', *(f'times {p}' for p in peers)])} |",
         f"|---|---|---|---|---|---|{'---|' * len(peers)}",
     ]
     keys = ("model", "mode", "execution", "batch_size", "threads")
