@@ -43,6 +43,8 @@ def gated_linear_attention_reference(
     """Computes what `vizoo.ops.gated_linear_attention` defines: the output and the last state of the last direction."""
     del return_state  # there always is one
     wide = torch.promote_types(q.dtype, torch.float32)
+    if q.device.type == "meta":
+        return _counted(q, k.to(q.dtype), v.to(q.dtype), wide, 1 if reverse_decay is None else 2)
     with without_autocast(q.device):
         tensors = q.to(wide) * scale, k.to(wide), v.to(wide)
         state = None if initial_state is None else initial_state.to(wide)
@@ -50,6 +52,15 @@ def gated_linear_attention_reference(
         if reverse_decay is not None:
             out = out + _directed(*tensors, log_decay(reverse_decay.to(wide), normalizer), None, True)[0]
         return out.to(q.dtype).contiguous(), state
+
+
+def _counted(q: Tensor, k: Tensor, v: Tensor, wide: torch.dtype, directions: int) -> tuple[Tensor, Tensor]:
+    """The same shapes on the meta device, which counts the products of the definition, not those of chunks."""
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    for _ in range(directions):
+        state = k.mT @ v
+        out = q @ state
+    return out.transpose(1, 2).contiguous(), state.to(wide)
 
 
 def log_decay(decay: Tensor, normalizer: float | None) -> Tensor:

@@ -177,11 +177,11 @@ _Eager = direct_function(_launch_forward, _setup_context, _gradients)
 
 
 def _forward_flops(x: Sequence[int], delta: Any, A: Sequence[int], *arguments: Any, **kwargs: Any) -> int:
-    """9 for each token, channel, state and route, as papers count; and the projection of the steps."""
+    """9 products and sums for each token, channel, state and route, as papers count; and the projection of the steps."""
     images, H, W, d = x
     K, _, N = A
     weight = arguments[3]
-    return images * H * W * d * K * (9 * N + 2 * (0 if weight is None else weight[-1]))
+    return 2 * images * H * W * d * K * (9 * N + (0 if weight is None else weight[-1]))
 
 
 def _backward_flops(grad_out: Any, states: Any, *arguments: Any, **kwargs: Any) -> int:
