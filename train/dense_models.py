@@ -203,9 +203,9 @@ def _parts(task: str) -> dict[str, Any]:
     """What a model's config may name."""
     if task == DETECT:
         return {}
-    from .segmentation import heads, inference
+    from .segmentation import heads, inference, rescale
 
-    found = _by_name(heads.FPN, heads.UPerHead, heads.SemanticFPNHead, heads.MLPHead, heads.FCNHead)
+    found = _by_name(heads.FPN, heads.UPerHead, heads.SemanticFPNHead, heads.MLPHead, heads.FCNHead, rescale.Rescale)
     return found | _by_name(inference.Whole, inference.Sliding, inference.MultiScale)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -92,9 +93,19 @@ def _layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     if not callable(matcher):
         name = type(backbone).__name__
         raise ValueError(f"layer_decay={layer_decay} needs numbered layers: {name} has no group_matcher()")
-    layers = group_parameters(backbone, matcher(coarse=False), reverse=True)
+    groups = matcher(coarse=False)
+    layers = group_parameters(backbone, groups, reverse=True)
     last = max(layers.values())
+    if getattr(backbone, "features_only", False):
+        # The heads outside are the deepest layer, in which output norms are, too; blocks lie in front of it.
+        last += any(_is_block(name, groups["blocks"]) for name, layer in layers.items() if layer == last)
     return {f"{prefix}{name}": layer_decay ** (last - layer) for name, layer in layers.items()}
+
+
+def _is_block(name: str, blocks: Any) -> bool:
+    """Whether the patterns of `group_matcher()` count a parameter to a block, which has a number."""
+    patterns = [(blocks, None)] if isinstance(blocks, str) else blocks
+    return any(ends is None and re.match(pattern, name) for pattern, ends in patterns)
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

@@ -6,7 +6,7 @@ import ast
 import difflib
 import importlib.util
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -31,6 +31,8 @@ DATA_ROOT = "data_root"
 """Where a config states it at its top, every text that is or lies below it follows when it is set."""
 BY_NAME = {"drop_path": "drop_path_rate", "dilations": "dilations", "n_win": "n_win"}
 """Tables at the top of a config that takes any backbone: values of an argument by the beginning of its name."""
+SPARED = "not_decayed"
+"""A table like those, of what is not decayed beside what a config names already, if it names anything."""
 FREE = ("model.backbone",)
 """Below these, keys may be new: `vizoo.create_model` checks them itself, and names the nearest."""
 
@@ -117,11 +119,16 @@ def _fill_by_name(config: Config) -> None:
     backbone = config.get("model", {}).get("backbone", {})
     for title, setting in BY_NAME.items():
         table = config.get(title)
-        if not table or setting in backbone:
-            continue
-        fitting = [start for start in table if re.match(rf"{re.escape(start)}(_|\.|$)", backbone["name"])]
-        if fitting:
-            backbone[setting] = table[max(fitting, key=len)]
+        if table and setting not in backbone and (start := _fitting(table, backbone["name"])):
+            backbone[setting] = table[start]
+    table, options = config.get(SPARED), config.get("optim_wrapper", {}).get("paramwise_cfg", {})
+    if table and options.get(SPARED) and (start := _fitting(table, backbone["name"])):
+        options[SPARED] = tuple(dict.fromkeys((*options[SPARED], *table[start])))  # a saved config has them
+
+
+def _fitting(table: Iterable[str], name: str) -> str:
+    """The longest beginning of a name that a table has; nothing if it has none."""
+    return max((start for start in table if re.match(rf"{re.escape(start)}(_|\.|$)", name)), key=len, default="")
 
 
 def _places(config: Config, key: str) -> Sequence[str]:

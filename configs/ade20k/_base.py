@@ -4,6 +4,7 @@
 them. `drop_path` holds the published rates by the beginning of that name; a backbone that is not there keeps its
 family's default, and `--set model.backbone.drop_path_rate=...` overrides both. `dilations` holds DiNAT's likewise, for
 crops of 512, of the large ones for crops of 640; `n_win` BiFormer's regions a side, for crops of 512.
+`not_decayed` adds what a family spares beside norms, where anything is spared by name.
 """
 
 from typing import Any
@@ -35,6 +36,7 @@ dilations.update(
     dinat_s_large=((1, 20), (1, 10), (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5), (1, 2)),
 )
 n_win: dict[str, int] = dict(biformer=8)
+not_decayed: dict[str, Any] = dict(plainmamba=(".pos_embed", ".A_log", ".D", ".direction_Bs"))
 
 # Heads and neck are a leaf's.
 model: dict[str, Any] = dict(
