@@ -14,19 +14,15 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
-from runpy import run_path
 from typing import Any
 
 import torch
 
+from result_files import RESULTS, save
 from vizoo.environment import environment
 from vizoo.train.log import read_log
 from vizoo.train.run import train
-
-# Of the benchmark beside this file, which is a script and not a module of the package.
-RESULTS, save = itemgetter("RESULTS", "save")(run_path(str(Path(__file__).with_name("models.py"))))
 
 
 @dataclass(frozen=True)

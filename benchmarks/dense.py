@@ -12,21 +12,18 @@ from __future__ import annotations
 
 import argparse
 import gc
-import runpy
 import warnings
 from collections.abc import Callable
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from result_files import RESULTS, save
 from vizoo.benchmark import DTYPES, PeakMemory, Step, choose_device, choose_dtype, time_steps
 from vizoo.environment import environment
 
-# Of the benchmark beside this file, which is a script and not a module of the package.
-RESULTS, save = itemgetter("RESULTS", "save")(runpy.run_path(str(Path(__file__).with_name("models.py"))))
 SWIN = "swin_tiny_patch4_window7_224"
 OBJECTS = 8
 

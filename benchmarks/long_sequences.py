@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from operator import itemgetter
 from pathlib import Path
-from runpy import run_path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from result_files import RESULTS, save
 from vizoo.environment import environment
 from vizoo.ops import selective_scan, state_space_dual
 
-# Of the benchmark beside this file, which is a script and not a module of the package.
-RESULTS, save = itemgetter("RESULTS", "save")(run_path(str(Path(__file__).with_name("models.py"))))
 Tensors = dict[str, Tensor]
 
 

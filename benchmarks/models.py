@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import json
-import re
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +25,7 @@ import torch
 from torch import nn
 
 import vizoo
+from result_files import RESULTS, save
 from vizoo.benchmark import (
     DTYPES,
     Execution,
@@ -41,8 +40,6 @@ from vizoo.benchmark import (
     time_steps,
 )
 from vizoo.environment import environment
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 # The same design under the names that the others give it.
 TIMM = {
@@ -264,15 +261,6 @@ def line(row: dict[str, Any]) -> str:
     figure = row["error"] or f"{row['images_per_second']:,.1f} images/s"
     entry = f"{row['library']} {row['execution']}"
     return f"{row['model']}, {row['mode']}, batch {row['batch_size']}, {row['threads']} threads, {entry}: {figure}"
-
-
-def save(kind: str, facts: dict[str, Any], results: dict[str, Any], folder: Path) -> Path:
-    """Write a result file, named by device, date and kind."""
-    device = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    path = folder / f"{device}_{facts['date'][:10]}_{kind}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": facts, **results}, indent=1) + "\n", encoding="utf-8")
-    return path
 
 
 def sides(text: str) -> tuple[int, int]:

@@ -7,21 +7,17 @@ python benchmarks/profile_step.py davit_tiny --mode inference --library timm
 from __future__ import annotations
 
 import argparse
-import runpy
 import time
 import warnings
 from collections import Counter
-from operator import itemgetter
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import vizoo
+from models import TIMM, from_timm
 from vizoo.benchmark import Step, make_step
 
-# Of the benchmark beside this file, which is a script and not a module of the package.
-TIMM, from_timm = itemgetter("TIMM", "from_timm")(runpy.run_path(str(Path(__file__).with_name("models.py"))))
 PROFILED = 3
 
 

@@ -10,23 +10,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import runpy
 import warnings
-from operator import itemgetter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from dense import SWIN, objects, placed
+from result_files import RESULTS, save
 from vizoo.benchmark import time_steps
 from vizoo.environment import environment
 from vizoo.train.detection import MaskRCNN
-
-# Of the benchmark beside this file, which is a script and not a module of the package.
-RESULTS, SWIN, objects, placed, save = itemgetter("RESULTS", "SWIN", "objects", "placed", "save")(
-    runpy.run_path(str(Path(__file__).with_name("dense.py")))
-)
 
 
 def main() -> None:

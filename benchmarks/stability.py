@@ -11,21 +11,17 @@ parameters together.
 from __future__ import annotations
 
 import argparse
-from operator import itemgetter
 from pathlib import Path
-from runpy import run_path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 import vizoo
+from result_files import RESULTS, save
 from vizoo.environment import environment
 from vizoo.train.optim import GroupedOptimizer
 from vizoo.train.settings import load_config
-
-# Of the benchmark beside this file, which is a script and not a module of the package.
-RESULTS, save = itemgetter("RESULTS", "save")(run_path(str(Path(__file__).with_name("models.py"))))
 
 IMAGES = 1024
 """Of a recipe's update, by which its rate is scaled; and how many random ones there are."""

@@ -11,23 +11,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import runpy
 from collections.abc import Callable, Iterator
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.testing import do_bench
 
+from operators.gated_linear_attention import SHAPES
+from operators.measuring import copy_bandwidth
 from vizoo.ops.gated_linear_attention import launch, tiles
 from vizoo.ops.gated_linear_attention.tiles import Tile
 
-# The shapes of the benchmark beside this file, which is a script and not a module of the package.
-GATED, copy_bandwidth = itemgetter("GATED", "copy_bandwidth")(
-    runpy.run_path(str(Path(__file__).with_name("ops.py")))
-)  # fmt: skip
 KINDS = ("outputs", "gradients", "states", "chunk")
 ROWS, WARPS, STAGES = (16, 32, 64), (1, 2, 4, 8), (1, 2, 3, 4)
 Runs = dict[str, Callable[[], Any]]
@@ -85,12 +81,12 @@ def sweep(kind: str, shape: tuple[Any, ...], floor: float, quick: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="try fewer")
-    parser.add_argument("--shapes", nargs="*", type=int, default=range(len(GATED)), help=f"places in {list(GATED)}")
+    parser.add_argument("--shapes", nargs="*", type=int, default=range(len(SHAPES)), help=f"places in {list(SHAPES)}")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     options = parser.parse_args()
     bandwidth = copy_bandwidth()
     for place in options.shapes:
-        name, shape = list(GATED.items())[place]
+        name, shape = list(SHAPES.items())[place]
         batch, N, heads, dk, dv, both = shape
         given, out = 2 * batch * N * heads * ((4 if both else 3) * dk + dv), 2 * batch * N * heads * dv
         floors = {"forward": (given + out) / bandwidth * 1e3, "backward": (2 * given + out) / bandwidth * 1e3}

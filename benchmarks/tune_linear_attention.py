@@ -13,23 +13,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import runpy
 from collections.abc import Callable, Iterator
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.testing import do_bench
 
+from operators.linear_attention import SHAPES
+from operators.measuring import copy_bandwidth
 from vizoo.ops.linear_attention import function, launch, tiles
 from vizoo.ops.linear_attention.tiles import Tile
 
-# The shapes of the benchmark beside this file, which is a script and not a module of the package.
-ATTENDED, copy_bandwidth = itemgetter("ATTENDED", "copy_bandwidth")(
-    runpy.run_path(str(Path(__file__).with_name("ops.py")))
-)  # fmt: skip
 KINDS = ("outputs", "query_gradients", "key_gradients", "chunk", "collect", "STRETCH")
 PASSES = {"query_gradients": "backward", "key_gradients": "backward", "chunk": "both"}
 ROWS, WARPS, STAGES = (16, 32, 64, 128), (2, 4, 8), (1, 2, 3, 4)
@@ -87,14 +83,12 @@ def sweep(kind: str, run: Callable[[], Any], title: str, tokens: int, quick: boo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="try fewer")
-    parser.add_argument(
-        "--shapes", nargs="*", type=int, default=range(len(ATTENDED)), help=f"places in {list(ATTENDED)}"
-    )
+    parser.add_argument("--shapes", nargs="*", type=int, default=range(len(SHAPES)), help=f"places in {list(SHAPES)}")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     options = parser.parse_args()
     bandwidth = copy_bandwidth()
     for place in options.shapes:
-        name, shape = list(ATTENDED.items())[place]
+        name, shape = list(SHAPES.items())[place]
         batch, N, heads, d, *_ = shape
         part = 2 * batch * N * heads * d
         floors = {key: parts * part / bandwidth * 1e3 for key, parts in (("forward", 4), ("backward", 7), ("both", 11))}

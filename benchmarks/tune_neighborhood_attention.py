@@ -12,24 +12,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import runpy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.testing import do_bench
 
+from operators.measuring import copy_bandwidth
+from operators.neighborhood_attention import SHAPES
 from vizoo.ops.neighborhood_attention import launch, tiles
 from vizoo.ops.neighborhood_attention.tiles import Sides, Tile
 
-# The shapes of the benchmark beside this file, which is a script and not a module of the package.
-NEIGHBORHOODS, copy_bandwidth = itemgetter("NEIGHBORHOODS", "copy_bandwidth")(
-    runpy.run_path(str(Path(__file__).with_name("ops.py")))
-)
 KINDS = ("whole forward", "whole queries", "forward", "queries", "keys", "bias")
 PLACES = (16, 32, 64, 128)
 Runs = dict[str, Callable[[], Any]]
@@ -124,12 +120,12 @@ def sweep(kind: str, shape: tuple[Any, ...], floor: float, quick: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="try fewer")
-    parser.add_argument("--shapes", nargs="*", type=int, help="places in ops.NEIGHBORHOODS; all unless given")
+    parser.add_argument("--shapes", nargs="*", type=int, help=f"places in {list(SHAPES)}; default: all")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     options = parser.parse_args()
     bandwidth = copy_bandwidth()
     print(f"copy {bandwidth / 1e12:.2f} TB/s")
-    shapes = list(NEIGHBORHOODS.values())
+    shapes = list(SHAPES.values())
     for index in options.shapes if options.shapes is not None else range(len(shapes)):
         batch, space, heads, d, *_ = shape = shapes[index]
         part = 2 * batch * math.prod(space) * heads * d

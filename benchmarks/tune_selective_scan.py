@@ -11,21 +11,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import runpy
 from collections.abc import Callable, Iterator
-from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.testing import do_bench
 
+from operators.selective_scan import SHAPES, inputs
 from vizoo.ops.selective_scan import launch, tiles
 from vizoo.ops.selective_scan.tiles import Tile
 
-# The shapes of the benchmark beside this file, which is a script and not a module of the package.
-SCANS, scan_inputs = itemgetter("SCANS", "scan_inputs")(runpy.run_path(str(Path(__file__).with_name("ops.py"))))
 LENGTHS = (128, 256, 512)
 """Of rows."""
 
@@ -33,16 +29,16 @@ LENGTHS = (128, 256, 512)
 def runs(tensors: dict[str, Tensor]) -> dict[str, Callable[[], Any]]:
     """The forward pass as in inference, and the backward pass, without autograd around them."""
     u, delta, A, B, C, D, bias = (tensor.detach() for tensor in tensors.values())
-    inputs = u, delta, A, B, C, D, None, bias, None
+    given = u, delta, A, B, C, D, None, bias, None
 
     def forward(keep: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        return launch.forward(*inputs, True, False, False, keep, tiles.TOKENS, u.dtype)
+        return launch.forward(*given, True, False, False, keep, tiles.TOKENS, u.dtype)
 
     out, _, states = forward(keep=True)
     incoming = torch.randn_like(out)
 
     def backward() -> tuple[Tensor, ...]:
-        return launch.backward(incoming, None, *inputs, states, True, False, tiles.TOKENS)
+        return launch.backward(incoming, None, *given, states, True, False, tiles.TOKENS)
 
     return {"forward": forward, "backward": backward}
 
@@ -101,15 +97,15 @@ def sweep_held(name: str, tensors: dict[str, Tensor], states: int, tokens: list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", type=int, default=range(len(SCANS)), help=f"places in {list(SCANS)}")
+    parser.add_argument("--shapes", nargs="*", type=int, default=range(len(SHAPES)), help=f"places in {list(SHAPES)}")
     parser.add_argument("--passes", nargs="*", choices=["forward", "backward"], default=["forward", "backward"])
     parser.add_argument("--tokens", nargs="*", type=int, default=[16], help="of a tile that threads hold")
     layout = parser.add_mutually_exclusive_group()
     layout.add_argument("--rows", action="store_true", help="only tiles that are rows of tokens")
     layout.add_argument("--held", action="store_true", help="only tiles that threads hold")
     options = parser.parse_args()
-    for name, shape in (list(SCANS.items())[place] for place in options.shapes):
-        tensors = scan_inputs(*shape)
+    for name, shape in (list(SHAPES.items())[place] for place in options.shapes):
+        tensors = inputs(*shape)
         _, _, each, _, states, channels_last = shape
         if states == 1 and not channels_last and "forward" in options.passes and not options.held:
             sweep_rows(name, tensors, each)

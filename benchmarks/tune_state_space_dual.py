@@ -12,23 +12,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import runpy
 from collections.abc import Callable, Iterator
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.testing import do_bench
 
+from operators.measuring import copy_bandwidth
+from operators.state_space_dual import SHAPES
 from vizoo.ops.state_space_dual import launch, tiles
 from vizoo.ops.state_space_dual.tiles import Tile
 
-# The shapes of the benchmark beside this file, which is a script and not a module of the package.
-DUALS, copy_bandwidth = itemgetter("DUALS", "copy_bandwidth")(
-    runpy.run_path(str(Path(__file__).with_name("ops.py")))
-)  # fmt: skip
 KINDS = ("collect", "outputs", "gradients", "whole", "stretch", "chunk")
 ROWS, WARPS, STAGES = (16, 32, 64, 128), (2, 4, 8), (1, 2, 3, 4)
 Runs = dict[str, Callable[[], Any]]
@@ -80,12 +76,12 @@ def sweep(kind: str, shape: tuple[Any, ...], floor: float, quick: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="try fewer")
-    parser.add_argument("--shapes", nargs="*", type=int, default=range(len(DUALS)), help=f"places in {list(DUALS)}")
+    parser.add_argument("--shapes", nargs="*", type=int, default=range(len(SHAPES)), help=f"places in {list(SHAPES)}")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     options = parser.parse_args()
     bandwidth = copy_bandwidth()
     for place in options.shapes:
-        name, shape = list(DUALS.items())[place]
+        name, shape = list(SHAPES.items())[place]
         batch, L, heads, P, N, _ = shape
         packed, out = 2 * batch * L * (heads * P + 2 * N), 2 * batch * L * heads * P
         floors = {"forward": (packed + out) / bandwidth * 1e3, "backward": (2 * packed + out) / bandwidth * 1e3}

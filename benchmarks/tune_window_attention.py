@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import runpy
 from collections.abc import Callable, Iterator
-from operator import itemgetter
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from triton.testing import do_bench
 
+from operators.measuring import copy_bandwidth
+from operators.window_attention import SHAPES, Shape, inputs
 from vizoo.ops.window_attention import function, tiles
 from vizoo.ops.window_attention.tiles import Tile
-
-# The shapes of the benchmark beside this file, which is a script and not a module of the package.
-SHAPES, Shape, copy_bandwidth, inputs = itemgetter("SHAPES", "Shape", "copy_bandwidth", "inputs")(
-    runpy.run_path(str(Path(__file__).with_name("ops.py")))
-)
 
 WHOLE_FORWARD = list(itertools.product((2, 4, 8), (1, 2, 3, 4), (2, 3, 4, 6, 8, 16)))
 WHOLE_BACKWARD = list(itertools.product((2, 4, 8), (1, 2, 3), (1, 2, 3, 4, 6, 8)))
@@ -101,12 +95,13 @@ def shape_bytes(shape: Shape) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="try a fifth of the choices")
-    parser.add_argument("--shapes", nargs="*", type=int, help="positions in ops.SHAPES; all unless given")
+    parser.add_argument("--shapes", nargs="*", type=int, help=f"places in {list(SHAPES)}; default: all")
     options = parser.parse_args()
     bandwidth = copy_bandwidth()
     print(f"copy {bandwidth / 1e12:.2f} TB/s")
+    shapes = list(SHAPES.values())
     for index in options.shapes if options.shapes is not None else range(len(SHAPES)):
-        shape = SHAPES[index]
+        shape = shapes[index]
         tune = tune_whole if tiles.is_whole(shape.window**2, shape.d, 2) else tune_tiled
         tune(shape, bandwidth, options.quick)
 
