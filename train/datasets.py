@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -26,6 +26,13 @@ class Item(TypedDict):
 
     inputs: Tensor
     label: int
+
+
+class SizedIndex(NamedTuple):
+    """Number of a sample, and the side that its transform is to give it; `MultiScaleBatches` deals these out."""
+
+    sample: int
+    size: int
 
 
 class ImageFolder(Dataset[Item]):
@@ -95,9 +102,9 @@ class ImageFolder(Dataset[Item]):
         """One image as PIL RGB, before the transform."""
         return load_image(self.path(index), max_pixels=self.max_pixels)
 
-    def __getitem__(self, index: int) -> Item:
-        image = self.image(index)
-        return _item(self.transform, image, self.labels[index], self.path(index))
+    def __getitem__(self, index: int | SizedIndex) -> Item:
+        index, transform = _chosen(index, self.transform)
+        return _item(transform, self.image(index), self.labels[index], self.path(index))
 
 
 class Digits(Dataset[Item]):
@@ -157,8 +164,22 @@ class Digits(Dataset[Item]):
         """One digit as a PIL image, before the transform."""
         return Image.fromarray(self.pixels[index]).convert(self.mode)
 
-    def __getitem__(self, index: int) -> Item:
-        return _item(self.transform, self.image(index), self.labels[index], f"digit {self.indices[index]}")
+    def __getitem__(self, index: int | SizedIndex) -> Item:
+        index, transform = _chosen(index, self.transform)
+        return _item(transform, self.image(index), self.labels[index], f"digit {self.indices[index]}")
+
+
+def _chosen(index: int | SizedIndex, transform: Transform) -> tuple[int, Transform]:
+    """Number of a sample, and the transform that gives it the size of its batch."""
+    if not isinstance(index, SizedIndex):
+        return index, transform
+    at = getattr(transform, "at", None)
+    if at is None:
+        raise TypeError(
+            f"batches of several sizes need a transform with a method `at(size)`, such as RecipeTrainTransform, "
+            f"got {type(transform).__name__}"
+        )
+    return index.sample, at(index.size)
 
 
 def _item(transform: Transform, image: Image.Image, label: np.integer[Any], source: object) -> Item:

@@ -5,11 +5,13 @@ Every use of albumentations stays in this module, so that another library can ta
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -115,7 +117,6 @@ class RecipeTrainTransform:
         erase_count: int = 1,
     ) -> None:
         from timm.data.random_erasing import RandomErasing
-        from torchvision import transforms
 
         _check_probabilities(hflip=hflip, vflip=vflip, erase_prob=erase_prob)
         _check_choice("interpolation", interpolation, (*FILTERS, "random"))
@@ -123,17 +124,30 @@ class RecipeTrainTransform:
         check_moments(mean, std, 3)
         self.mean, self.std = tuple(mean), tuple(std)
         self.sides = (size, size) if isinstance(size, int) else tuple(size)
-        steps = [_crop(self.sides, scale, ratio, interpolation, padded_crop)]
-        if hflip:
-            steps.append(transforms.RandomHorizontalFlip(hflip))
-        if vflip:
-            steps.append(transforms.RandomVerticalFlip(vflip))
-        if auto_augment:
-            steps.append(_auto_augment(auto_augment, min(self.sides), mean, interpolation))
-        if color_jitter and (not auto_augment or "3a" in auto_augment):
-            steps.append(transforms.ColorJitter(color_jitter, color_jitter, color_jitter))
-        self.steps = steps
+        self._steps_at = partial(
+            _recipe_steps,
+            scale=scale,
+            ratio=ratio,
+            padded_crop=padded_crop,
+            hflip=hflip,
+            vflip=vflip,
+            auto_augment=auto_augment,
+            color_jitter=color_jitter,
+            interpolation=interpolation,
+            mean=mean,
+        )
+        self.steps = self._steps_at(self.sides)
         self.erase = RandomErasing(erase_prob, mode=erase_mode, max_count=erase_count, device="cpu")
+        self._others: dict[int, RecipeTrainTransform] = {}
+
+    def at(self, size: int) -> RecipeTrainTransform:
+        """The same transform with a square result of this size; see `vizoo.train.samplers.MultiScaleBatches`."""
+        if size not in self._others:
+            other = copy.copy(self)
+            other.sides = (size, size)
+            other.steps = self._steps_at(other.sides)
+            self._others[size] = other
+        return self._others[size]
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Augment one PIL image.
@@ -146,6 +160,34 @@ class RecipeTrainTransform:
         for step in self.steps:
             image = step(image)
         return self.erase(to_tensor(image, self.mean, self.std))
+
+
+def _recipe_steps(
+    sides: Sequence[int],
+    *,
+    scale: Sequence[float],
+    ratio: Sequence[float],
+    padded_crop: bool,
+    hflip: float,
+    vflip: float,
+    auto_augment: str | None,
+    color_jitter: float | None,
+    interpolation: str,
+    mean: Sequence[float],
+) -> list[Callable[[Image.Image], Image.Image]]:
+    """What `RecipeTrainTransform` does to a PIL image."""
+    from torchvision import transforms
+
+    steps = [_crop(sides, scale, ratio, interpolation, padded_crop)]
+    if hflip:
+        steps.append(transforms.RandomHorizontalFlip(hflip))
+    if vflip:
+        steps.append(transforms.RandomVerticalFlip(vflip))
+    if auto_augment:
+        steps.append(_auto_augment(auto_augment, min(sides), mean, interpolation))
+    if color_jitter and (not auto_augment or "3a" in auto_augment):
+        steps.append(transforms.ColorJitter(color_jitter, color_jitter, color_jitter))
+    return steps
 
 
 def _crop(

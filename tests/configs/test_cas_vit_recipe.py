@@ -6,10 +6,12 @@ import re
 
 import pytest
 import torch
+from mmengine.runner import Runner
 
 import vizoo
 from vizoo.backbones.base import override
 from vizoo.registry import resolve
+from vizoo.train.datasets import Digits
 from vizoo.train.optim import parameter_groups
 from vizoo.train.settings import config_path, list_configs, load_config
 
@@ -41,6 +43,18 @@ def test_numbers_are_the_official_recipes(name: str) -> None:
     assert (crop.auto_augment, crop.color_jitter, crop.erase_prob) == ("rand-m9-mstd0.5-inc1", 0.4, 0.0)
     assert config.model.backbone.drop_path_rate == drop_path
     assert config.model.backbone.pretrained == name.endswith("384")
+
+
+@pytest.mark.parametrize("name", ["imagenet/rcvit_xs", "imagenet/rcvit_xs_384"])
+def test_batches_have_the_sizes_of_the_authors_sampler(name: str) -> None:
+    config = load_config(name, ["batch_size=8", "workers=0"]).train_dataloader
+    config.dataset = {"type": Digits, "transform": config.dataset.transform}
+    batches = Runner.build_dataloader(config, seed=0).batch_sampler
+    # By the formula of the official sampler, for 8 processes of 8 images.
+    expected = {160: 16, 192: 8, 224: 8, 256: 8, 288: 8, 320: 8}
+    if name.endswith("384"):
+        expected = {160: 48, 192: 32, 256: 16, 288: 16, 320: 8, 384: 8}
+    assert dict(zip(batches.sizes, batches.counts, strict=True)) == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
