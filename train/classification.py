@@ -31,6 +31,10 @@ class ImageClassifier(BaseModel):
         label_smoothing: Share of the target spread over all classes where there is no mixup.
         data_preprocessor: How mmengine brings a batch to the model's device; None copies without blocking.
 
+    Attributes:
+        further_loss: A callable (inputs, logits) -> loss that training adds to its own, or None. It is given the images
+            as they were mixed; hooks set it, such as `vizoo.train.hooks_mesa.Mesa`.
+
     Raises:
         ValueError: Smoothing outside [0, 1).
     """
@@ -49,6 +53,7 @@ class ImageClassifier(BaseModel):
         self.backbone = backbone if isinstance(backbone, nn.Module) else vizoo.create_model(**backbone)
         self.mixup = MODELS.build(mixup) if isinstance(mixup, Mapping) else mixup
         self.label_smoothing = label_smoothing
+        self.further_loss: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def forward(self, inputs: Tensor, label: Tensor | None = None, mode: str = "tensor") -> Any:
         """Run a batch.
@@ -59,8 +64,9 @@ class ImageClassifier(BaseModel):
             mode: `loss`, `predict` or `tensor`.
 
         Returns:
-            `loss`: a dict with the mean cross-entropy. `predict`: a list that holds one dict for the whole batch,
-            with `logits` (B, classes) and `label`. `tensor`: logits (B, classes).
+            `loss`: a dict with the mean cross-entropy, and with `further_loss` where one is set. `predict`: a list
+            that holds one dict for the whole batch, with `logits` (B, classes) and `label`. `tensor`: logits
+            (B, classes).
 
         Raises:
             ValueError: An unknown mode, a loss without labels, or images with other channels than the backbone takes.
@@ -74,7 +80,7 @@ class ImageClassifier(BaseModel):
             return [{"logits": self.backbone(inputs), "label": label}]
         if label is None:
             raise ValueError("mode='loss' needs the labels of the batch, got label=None")
-        return {"loss": self.loss(inputs, label)}
+        return self.losses(inputs, label)
 
     def load_checkpoint(self, source: str | Path | Weights | Mapping[str, Tensor]) -> LoadReport:
         """Load backbone and classifier; see `vizoo.load_checkpoint`.
@@ -86,13 +92,19 @@ class ImageClassifier(BaseModel):
             raise TypeError(f"checkpoints are read into a vizoo.Backbone, got {type(self.backbone).__name__}")
         return vizoo.load_checkpoint(self.backbone, source)
 
-    def loss(self, inputs: Tensor, label: Tensor) -> Tensor:
+    def losses(self, inputs: Tensor, label: Tensor) -> dict[str, Tensor]:
         """Mean cross-entropy of a batch, against mixed targets where `mixup` is set and the model is training."""
-        if self.mixup is None or not self.training:
-            return F.cross_entropy(self.backbone(inputs), label, label_smoothing=self.label_smoothing)
-        with torch.no_grad():
-            inputs, target = self.mixup(inputs, label)
-        return F.cross_entropy(self.backbone(inputs), target)
+        target, smoothing = label, self.label_smoothing
+        if self.mixup is not None and self.training:
+            with torch.no_grad():
+                inputs, target = self.mixup(inputs, label)
+            smoothing = 0.0
+        logits = self.backbone(inputs)
+        found = {"loss": F.cross_entropy(logits, target, label_smoothing=smoothing)}
+        if self.further_loss is None or not self.training:
+            return found
+        # mmengine adds up all of them, and calls the sum `loss`.
+        return {"label_loss": found["loss"], "further_loss": self.further_loss(inputs, logits)}
 
     def _check_images(self, inputs: Tensor) -> None:
         expected = getattr(self.backbone, "in_chans", None)

@@ -6,13 +6,16 @@ import re
 
 import pytest
 import torch
+from mmengine.registry import HOOKS
 
 import vizoo
 from vizoo.registry import resolve
+from vizoo.train.hooks_mesa import Mesa
 from vizoo.train.optim import parameter_groups
-from vizoo.train.settings import config_path, list_configs, load_config
+from vizoo.train.settings import config_path, differences, list_configs, load_config
 
-NAMES = [name for name in list_configs() if name.startswith("imagenet/vssd_")]
+NAMES = [name for name in list_configs() if name.startswith("imagenet/vssd_") and not name.endswith("_mesa")]
+MESA = {"tiny": 1.0, "small": 1.5, "base": 2.0}
 # Rates for 512 images at start, peak and end.
 RATES = dict.fromkeys(("micro", "tiny"), (5e-7, 5e-4, 5e-6)) | dict.fromkeys(("small", "base"), (5e-7, 3e-4, 3e-6))
 DROP_PATH = {"micro": 0.1, "tiny": 0.2, "small": 0.4, "base": 0.6}
@@ -46,6 +49,22 @@ def test_model_images_and_expectation_are_the_published_ones(name: str) -> None:
     view = config.val_dataloader.dataset.transform
     assert (view.size, view.crop_mode, view.crop_pct) == (model.config.img_size, record.crop_mode, record.crop_pct)
     assert float(re.search(r"Expected: ([\d.]+) %", config_path(name).read_text())[1]) == record.metrics["top1"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("size", MESA)
+def test_mesa_is_all_that_its_recipes_add(size: str) -> None:
+    plain, config = load_config(f"imagenet/vssd_{size}"), load_config(f"imagenet/vssd_{size}_mesa")
+    average, mesa = config.custom_hooks
+    assert average == plain.custom_hooks[0]
+    assert HOOKS.get(mesa.pop("type")) is Mesa
+    assert mesa == {"weight": MESA[size], "start": 0.25}
+    config.custom_hooks = plain.custom_hooks
+    assert differences(plain, config) == []
+    record = resolve(f"vssd_{size}.in1k_mesa").weights
+    stated = re.search(r"Expected: ([\d.]+) %", config_path(f"imagenet/vssd_{size}_mesa").read_text())
+    assert stated is not None
+    assert record is not None
+    assert float(stated[1]) == record.metrics["top1"]
 
 
 def test_matrices_are_decayed_but_no_parameter_of_a_head() -> None:
