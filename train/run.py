@@ -19,7 +19,9 @@ import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list
 from mmengine.registry import MODELS
+from torch import nn
 
+import vizoo
 from vizoo.checkpoint import LoadReport
 
 from .checkpoint import BEST, POINTER, latest_checkpoint, unwrap, write_atomically
@@ -88,6 +90,7 @@ def evaluate(
     *,
     work_dir: str | Path | None = None,
     device: str | None = None,
+    fuse: bool = False,
     quiet: bool = False,
 ) -> dict[str, float]:
     """Evaluate a checkpoint on a config's validation set.
@@ -101,6 +104,7 @@ def evaluate(
         work_dir: Folder for the log, `confusion.json` and `per_class.json`; None takes the next free
             `runs/test/<config>/<number>`.
         device: As for `train`.
+        fuse: Fuse the backbone once its weights are loaded; see `vizoo.Backbone.fuse`.
         quiet: Show nothing.
 
     Returns:
@@ -111,6 +115,7 @@ def evaluate(
     Raises:
         ValueError: As for `train`; and a checkpoint that holds another model, or other classes, than the config's.
         FileNotFoundError: The checkpoint or the data set is not there.
+        TypeError: A model to fuse whose backbone is none of the zoo's.
     """
     settings = load_config(config, overrides)
     _put(settings, device=device, quiet=quiet)
@@ -133,7 +138,21 @@ def evaluate(
     with _runner(settings) as runner, _plain_errors():
         if checkpoint is not None:
             _load_weights(runner.model, checkpoint)
+        if fuse:
+            fuse_backbone(runner.model)
         return {name: float(value) for name, value in runner.test().items()}
+
+
+def fuse_backbone(model: nn.Module) -> None:
+    """Fold, in place, what the backbone of a loaded model needs no layer for in evaluation; see `vizoo.Backbone.fuse`.
+
+    Raises:
+        TypeError: The backbone is none of the zoo's.
+    """
+    backbone = getattr(unwrap(model), "backbone", None)
+    if not isinstance(backbone, vizoo.Backbone):
+        raise TypeError(f"only a vizoo.Backbone can be fused, got {type(backbone).__name__}")
+    backbone.eval().fuse()
 
 
 class Loadable(Protocol):

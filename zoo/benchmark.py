@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vizoo.backbones.base import nearest
+from vizoo.backbones.base import Backbone, nearest
 
 from .create import create_model
 from .environment import device_name
@@ -76,6 +76,7 @@ class Measurement:
         peak_memory: Bytes at the step's highest point beyond what was in use before the model was built: on a GPU as
             torch's allocator counts, on the CPU as the process grew; None where that cannot be told.
         error: Why it failed; empty if it did not.
+        fused: Whether the model was fused before.
     """
 
     model: str
@@ -92,6 +93,7 @@ class Measurement:
     spread: float = 0.0
     peak_memory: int | None = None
     error: str = ""
+    fused: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON and CSV; NaN, which JSON lacks, becomes None."""
@@ -105,6 +107,7 @@ def benchmark(
     *,
     mode: Mode = "inference",
     compiled: bool = False,
+    fuse: bool = False,
     batch_size: int = 8,
     img_size: int | None = None,
     device: str | torch.device | None = None,
@@ -118,6 +121,7 @@ def benchmark(
         model: A name of the zoo, or any module that takes images (B, 3, H, W).
         mode: Measure `inference` or `training` steps.
         compiled: Measure `torch.compile(model)`.
+        fuse: Fuse the model first, in place; see `Backbone.fuse`.
         batch_size: Images per step.
         img_size: Side of the images; None takes the model's own (224 for a module without `default_cfg`).
         device: Where to run; None takes a GPU if there is one.
@@ -130,15 +134,20 @@ def benchmark(
         The measurement. A model that cannot be compiled or runs out of memory gives one whose `error` says so.
 
     Raises:
-        ValueError: Unknown name, dtype or device, or a number below 1.
+        ValueError: Unknown name, dtype or device, a number below 1, or a fused model to be trained.
+        TypeError: A module to fuse that is no Backbone.
     """
     _require_positive(batch_size=batch_size, steps=steps, warmup=warmup)
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be 'inference' or 'training', got {mode!r}")
+    if fuse and mode == "training":
+        raise ValueError("a fused model cannot be trained: measure mode='inference', or leave fuse out")
     place = choose_device(device)
     dtype = choose_dtype(dtype, place)
     memory = PeakMemory(place)
     built = _build(model, img_size).to(place)
+    if fuse:
+        _fuse(built)
     sides = (img_size, img_size) if img_size else _default_sides(built)
     facts: dict[str, Any] = {
         "model": model if isinstance(model, str) else type(model).__name__,
@@ -149,6 +158,7 @@ def benchmark(
         "dtype": dtype,
         "batch_size": batch_size,
         "img_size": sides,
+        "fused": fuse,
     }
     try:
         shape = (batch_size, 3, *sides)
@@ -368,6 +378,12 @@ def _build(model: str | nn.Module, img_size: int | None) -> nn.Module:
         return model
     overrides: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     return create_model(model, **overrides)
+
+
+def _fuse(model: nn.Module) -> None:
+    if not isinstance(model, Backbone):
+        raise TypeError(f"only a vizoo.Backbone can be fused, got {type(model).__name__}")
+    model.eval().fuse()
 
 
 def _default_sides(model: nn.Module) -> tuple[int, int]:

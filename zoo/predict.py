@@ -133,6 +133,7 @@ def load_classifier(
     *,
     checkpoint: str | Path | None = None,
     device: str | torch.device = "cpu",
+    fuse: bool = False,
     **overrides: Any,
 ) -> Classifier:
     """A classifier with official weights, or with those of a checkpoint file.
@@ -143,6 +144,7 @@ def load_classifier(
         name: A model of the zoo; may be left out where the checkpoint says it.
         checkpoint: A checkpoint file; None takes the official weights.
         device: Where to run.
+        fuse: Fold batch norms and parallel branches once the weights are loaded; see `Backbone.fuse`.
         **overrides: Further arguments of `create_model`; they win over the checkpoint's.
 
     Raises:
@@ -160,7 +162,10 @@ def load_classifier(
         model, meta = _from_checkpoint(name, Path(checkpoint), overrides)
     if model.num_classes == 0:
         raise ValueError(f"{name or type(model).__name__} has no classifier, so it cannot name what it sees")
-    return Classifier(model.to(device).eval(), _class_names(model, meta), _preprocess(model, meta))
+    model.to(device).eval()
+    if fuse:
+        model.fuse()
+    return Classifier(model, _class_names(model, meta), _preprocess(model, meta))
 
 
 def _from_checkpoint(name: str | None, path: Path, overrides: dict[str, Any]) -> tuple[Backbone, dict[str, Any]]:

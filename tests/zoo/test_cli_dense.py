@@ -195,6 +195,23 @@ def test_segment_as_json(run: Vizoo, installed: dict[str, Path], photos: Path, o
     assert all(Path(entry[key]).is_file() for entry in found for key in ("drawing", "labels"))
 
 
+@pytest.mark.parametrize(("task", "name"), [("detect", DETECTOR), ("segment", SEGMENTER)])
+def test_fuse_reaches_the_backbone(
+    run: Vizoo,
+    installed: dict[str, Path],
+    photos: Path,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    task: str,
+    name: str,
+) -> None:
+    fused: list[vizoo.Backbone] = []
+    monkeypatch.setattr(vizoo.Backbone, "fuse", lambda model: fused.append(model))
+    result = run("predict", photos / "a.png", "-t", task, "-w", name, "-o", output, "--fuse")
+    assert result.code == 0, result
+    assert [type(model).__name__ for model in fused] == ["Swin"]
+
+
 def test_results_of_images_with_one_name_are_kept_apart(
     run: Vizoo, installed: dict[str, Path], photos: Path, output: Path
 ) -> None:

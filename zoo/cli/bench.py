@@ -57,6 +57,7 @@ def benchmark_command(
     execution: Annotated[
         ExecutionChoice, typer.Option(help="Plain, under torch.compile, or both.")
     ] = ExecutionChoice.eager,
+    fuse: Annotated[bool, typer.Option("--fuse", help="Fold batch norms and branches first; inference only.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 8,
     img_size: Annotated[int | None, typer.Option(min=32, help="Side of the images, if not the model's own.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 or mps; a GPU if there is one.")] = None,
@@ -77,12 +78,15 @@ def benchmark_command(
     Examples:
         vizoo benchmark swin_tiny_patch4_window7_224
         vizoo benchmark swin_tiny_patch4_window7_224 swin_small_patch4_window7_224 --mode both --batch-size 128
+        vizoo benchmark rcvit_xs --fuse
         vizoo benchmark swinv2_tiny_patch4_window8_256 --execution both --format csv > speed.csv
     """
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     for name in names:
         resolve(name)
+    if fuse and mode is not ModeChoice.inference:
+        raise ValueError(f"a fused model cannot be trained: --fuse is for --mode inference, not {mode.value}")
     modes: list[Mode] = ["inference", "training"] if mode is ModeChoice.both else [mode.value]
     executions = ["eager", "compiled"] if execution is ExecutionChoice.both else [execution.value]
     rows: list[Measurement] = []
@@ -91,6 +95,7 @@ def benchmark_command(
             name,
             mode=run_mode,
             compiled=how == "compiled",
+            fuse=fuse,
             batch_size=batch_size,
             img_size=img_size,
             device=place,
@@ -117,7 +122,8 @@ def _show(rows: list[Measurement], output: Format, title: str) -> None:
 
 
 def _cells(row: Measurement) -> tuple[str, ...]:
-    head = (row.model, row.mode, row.execution, str(row.batch_size), "x".join(map(str, row.img_size)))
+    execution = f"{row.execution}, fused" if row.fused else row.execution
+    head = (row.model, row.mode, execution, str(row.batch_size), "x".join(map(str, row.img_size)))
     if row.error:
         return (*head, "failed", "-", "-", "-")
     peak = "-" if row.peak_memory is None else f"{row.peak_memory / 2**20:,.0f}"

@@ -17,6 +17,7 @@ from .output import Failures, note, print_json, print_table
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import nn
 
 DRAWN, LABELS = Path("drawn"), Path("labels")
 DETECTIONS, CLASSES = Path("detections.json"), Path("classes.txt")
@@ -36,6 +37,7 @@ class Job:
         as_json: Print JSON in place of a table.
         device: Where to run.
         batch_size: Images per forward pass.
+        fuse: Fuse the backbone.
         failed: What could not be read.
     """
 
@@ -47,11 +49,19 @@ class Job:
     as_json: bool
     device: str | None
     batch_size: int
+    fuse: bool = False
     failed: Failures = field(default_factory=Failures)
 
     def source(self) -> dict[str, Any]:
         """Arguments of `load_detector` and `load_segmenter`."""
         return {"name": self.weights, "checkpoint": self.checkpoint, "device": choose_device(self.device)}
+
+    def prepare(self, model: nn.Module) -> None:
+        """Fuse the backbone of a loaded model, where that is asked for."""
+        if self.fuse:
+            from vizoo.train.run import fuse_backbone
+
+            fuse_backbone(model)
 
     def options(self, files: dict[Path, Path]) -> dict[str, Any]:
         """Arguments of `predict`; a single image that cannot be read is an error like any other."""
@@ -101,6 +111,7 @@ def detect(job: Job, threshold: float | None) -> None:
     from vizoo.train.detection.predict import THRESHOLD, load_detector
 
     detector = load_detector(**job.source())
+    job.prepare(detector.model)
     document: dict[str, list[Any]] = {"images": [], "annotations": [], "categories": detector.categories()}
     rows = []
     least = THRESHOLD if threshold is None else threshold
@@ -123,6 +134,7 @@ def segment(job: Job) -> None:
     from vizoo.train.segmentation.predict import label_png, load_segmenter
 
     segmenter = load_segmenter(**job.source())
+    job.prepare(segmenter.model)
     document, rows = [], []
     for found in segmenter.predict(files, **job.options(files)):
         name = files[found.path]

@@ -46,6 +46,9 @@ def predict_command(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images per forward pass; 16 by default, 1 to detect or segment.")
     ] = None,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Fold batch norms and branches of the backbone once its weights are loaded.")
+    ] = False,
     accept_license: Annotated[
         bool, typer.Option("--accept-license", help="Use weights although they state no licence.")
     ] = False,
@@ -80,6 +83,7 @@ def predict_command(
             as_json=as_json,
             device=device,
             batch_size=batch_size or 1,
+            fuse=fuse,
         )
         if task is Task.detect:
             detect(job, threshold)
@@ -92,7 +96,7 @@ def predict_command(
     place = choose_device(device)
     if model is not None and checkpoint is None and accept_license:
         _accept(model)
-    classifier = load_classifier(model, checkpoint=checkpoint, device=place)
+    classifier = load_classifier(model, checkpoint=checkpoint, device=place, fuse=fuse)
     if len(files) == 1:
         predictions = list(classifier.predict(files, top=top))
         _show(predictions, as_json)

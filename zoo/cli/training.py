@@ -74,6 +74,9 @@ def evaluate_command(
     settings: Settings = None,
     work_dir: Annotated[Path | None, typer.Option(help="Folder for the log and the confusion matrix.")] = None,
     device: Device = None,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Fold batch norms and branches of the backbone once its weights are loaded.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ) -> None:
@@ -89,7 +92,9 @@ def evaluate_command(
 
     if checkpoint is not None and not Path(checkpoint).exists() and is_dense(checkpoint):
         checkpoint = str(resolve_dense(checkpoint))
-    figures = evaluate(config, checkpoint, settings or (), work_dir=work_dir, device=device, quiet=quiet or as_json)
+    figures = evaluate(
+        config, checkpoint, settings or (), work_dir=work_dir, device=device, fuse=fuse, quiet=quiet or as_json
+    )
     if as_json:
         print_json(figures)
         return
