@@ -202,7 +202,9 @@ def _models(task: str) -> dict[str, Any]:
 def _parts(task: str) -> dict[str, Any]:
     """What a model's config may name."""
     if task == DETECT:
-        return {}
+        from .detection import adapter, neck
+
+        return _by_name(neck.Pyramid, neck.SimplePyramid, adapter.VitAdapter)
     from .segmentation import heads, inference, rescale
 
     found = _by_name(heads.FPN, heads.UPerHead, heads.SemanticFPNHead, heads.MLPHead, heads.FCNHead, rescale.Rescale)

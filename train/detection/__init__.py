@@ -4,7 +4,7 @@ The models compute what mmdetection 2.11 and 3.3 compute, on torchvision's parts
 
 1. `models`: the four detectors, each a few lines over
 2. `detector`: what they share: batches, losses, predictions at the original size;
-3. `neck`: the feature pyramid;
+3. `neck`: the feature pyramid, and one of a plain backbone's last map; `adapter`: maps beside a plain backbone;
 4. `proposals`, on `anchors`: the first stage;
 5. `roi_heads`, on `heads`, `pooling`, `sampling` and `masks`: the second stage, and `cascade`: three of them;
 6. `retinanet`: the single stage;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vizoo.checkpoint import CheckpointMismatch, LoadReport
 from vizoo.train.dense_checkpoint import (
@@ -18,6 +18,7 @@ from vizoo.train.dense_checkpoint import (
     split_roots,
 )
 
+from .adapter import NAMES, VitAdapter
 from .detector import Detector
 
 
@@ -52,11 +53,19 @@ def load_detector_checkpoint(model: Detector, source: Source) -> LoadReport:
     heads = {
         f"{root}.{key}": value for root, part in parts.items() if root != "backbone" for key, value in part.items()
     }
+    if model.adapter is not None:
+        heads |= _take_adapter(parts["backbone"], model.adapter)
     reports = {"heads": load_part(_heads(model), heads, model.official_keys, prefix=f"{title} (neck and heads)")}
     reports["backbone"] = load_backbone(model.backbone, parts["backbone"])
     if reports["backbone"].fresh:
         raise CheckpointMismatch(f"{title} lacks parts of the backbone: {', '.join(reports['backbone'].fresh)}")
     return merge_reports(title, reports)
+
+
+def _take_adapter(backbone: dict[str, Tensor], adapter: VitAdapter) -> dict[str, Tensor]:
+    """Move an adapter's entries out of the backbone's; those of maps that this one does not make are left out."""
+    found = {name: backbone.pop(name) for name in list(backbone) if NAMES.match(name)}
+    return {f"adapter.{name}": value for name, value in found.items() if not adapter.is_unused(name)}
 
 
 def _open(entries: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from mmengine.model import BaseModel
+from mmengine.registry import MODELS
 from torch import Tensor
 
 import vizoo
@@ -32,6 +33,10 @@ class Detector(BaseModel):
         num_classes: Classes of objects; labels run from 0, and background is no class.
         channels: Channels of the pyramid.
         extra_convs: See `Pyramid`.
+        neck: Config of a pyramid, with its class as `type` and what differs: `Pyramid` (None), or `SimplePyramid` for
+            plain backbones.
+        adapter: Config of an adapter that makes the pyramid's maps beside a plain backbone, such as `VitAdapter`.
+        pad_size: Height and width that batches are padded to at least; None pads to the largest image.
         frozen_stages: -1 trains everything, 0 freezes the stem, k the stem and the first k stages; what is frozen
             stays in eval mode.
         norm_eval: Keep the backbone's batch norms in eval mode, as published detectors do: batches are small, and
@@ -45,7 +50,7 @@ class Detector(BaseModel):
         ValueError: No class, or a backbone that cannot carry a pyramid.
     """
 
-    official_keys: ClassVar[tuple[tuple[str, str], ...]] = ()
+    official_keys: tuple[tuple[str, str], ...] = ()
     """(pattern, replacement) from the official checkpoint's names of the neck and heads to ours."""
     needs_masks: ClassVar[bool] = False
 
@@ -56,6 +61,9 @@ class Detector(BaseModel):
         num_classes: int = 80,
         channels: int = 256,
         extra_convs: bool = False,
+        neck: Mapping[str, Any] | None = None,
+        adapter: Mapping[str, Any] | None = None,
+        pad_size: tuple[int, int] | None = None,
         frozen_stages: int = -1,
         norm_eval: bool = True,
         grad_checkpointing: bool = False,
@@ -69,7 +77,10 @@ class Detector(BaseModel):
         self.num_classes = num_classes
         self.backbone = build_backbone(backbone)
         self.backbone.set_grad_checkpointing(grad_checkpointing)
-        self.neck = Pyramid(self.backbone, channels, extra_convs=extra_convs)
+        self.adapter = None if adapter is None else MODELS.build({**adapter, "backbone": self.backbone})
+        pyramid = {"backbone": self.adapter or self.backbone, "channels": channels, "extra_convs": extra_convs}
+        self.neck = MODELS.build({"type": Pyramid, **(neck or {}), **pyramid})
+        self.pad_size = pad_size or (0, 0)
         self.batcher = ImageBatcher(mean, std, MULTIPLE)
         self.frozen_stages = frozen_stages
         self._frozen = tuple(freeze(self.backbone, frozen_stages))
@@ -122,7 +133,7 @@ class Detector(BaseModel):
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         _check_images(images)
-        batch, sizes = self.batcher(images), [(image.shape[1], image.shape[2]) for image in images]
+        batch, sizes = self.batcher(images, self.pad_size), [(image.shape[1], image.shape[2]) for image in images]
         if mode == "tensor":
             return self.pyramid(batch)
         if mode == "loss":
@@ -142,7 +153,8 @@ class Detector(BaseModel):
 
     def pyramid(self, batch: Tensor) -> list[Tensor]:
         """The pyramid's maps of a normalised, padded batch (B, 3, H, W), finest first."""
-        return self.neck(self.backbone(batch))
+        maps = self.backbone(batch) if self.adapter is None else self.adapter(self.backbone, batch)
+        return self.neck(maps)
 
     def detect(
         self, batch: Tensor, sizes: Sequence[tuple[int, int]], original_sizes: Sequence[tuple[int, int]]

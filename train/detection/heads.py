@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
+from .norms import norm_layer
+
 
 class BoxHead(nn.Module):
     """Classifies and refines boxes.
@@ -20,9 +22,9 @@ class BoxHead(nn.Module):
         channels: Channels of the pooled features.
         num_classes: Classes of objects.
         size: Side of the pooled features.
-        convs: Channels of 3 x 3 convolutions with batch norm in front, as the cascade has them. On several GPUs
-            mmengine's `sync_bn="torch"` makes those norms synchronous.
+        convs: Channels of 3 x 3 convolutions with a norm in front, as the cascade has them.
         hidden: Widths of the linear layers behind them.
+        norm: That norm: `batch`, which on several GPUs mmengine's `sync_bn="torch"` makes synchronous, or `layer`.
     """
 
     def __init__(
@@ -33,9 +35,10 @@ class BoxHead(nn.Module):
         size: int = 7,
         convs: Sequence[int] = (),
         hidden: Sequence[int] = (1024, 1024),
+        norm: str = "batch",
     ) -> None:
         super().__init__()
-        self.features = FastRCNNConvFCHead((channels, size, size), list(convs), list(hidden), nn.BatchNorm2d)
+        self.features = FastRCNNConvFCHead((channels, size, size), list(convs), list(hidden), norm_layer(norm))
         self.cls_score = nn.Linear(hidden[-1], num_classes + 1)
         self.bbox_pred = nn.Linear(hidden[-1], num_classes * 4)
         self._initialise()
@@ -61,11 +64,14 @@ class MaskHead(nn.Module):
         channels: Channels of the pooled features.
         num_classes: Classes of objects.
         hidden: Channels of the 3 x 3 convolutions; the last is also the width of the enlarged map.
+        norm: A norm behind these, `batch` or `layer`; None has none.
     """
 
-    def __init__(self, channels: int, num_classes: int, *, hidden: Sequence[int] = (256,) * 4) -> None:
+    def __init__(
+        self, channels: int, num_classes: int, *, hidden: Sequence[int] = (256,) * 4, norm: str | None = None
+    ) -> None:
         super().__init__()
-        self.features = MaskRCNNHeads(channels, list(hidden), 1)
+        self.features = MaskRCNNHeads(channels, list(hidden), 1, None if norm is None else norm_layer(norm))
         self.predictor = MaskRCNNPredictor(hidden[-1], hidden[-1], num_classes)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):

@@ -10,6 +10,9 @@ from __future__ import annotations
 _NECK = (
     (r"^neck\.lateral_convs\.(\d+)\.conv\.", r"neck.inner_blocks.\1.0."),
     (r"^neck\.fpn_convs\.(\d+)\.conv\.", r"neck.layer_blocks.\1.0."),
+    # Some have batch norms.
+    (r"^neck\.lateral_convs\.(\d+)\.bn\.", r"neck.inner_blocks.\1.1."),
+    (r"^neck\.fpn_convs\.(\d+)\.bn\.", r"neck.layer_blocks.\1.1."),
 )
 
 _PROPOSALS = (
@@ -36,6 +39,14 @@ TWO_STAGE = (
     *_MASK,
 )
 
+# Boxes behind four convolutions and a flattening.
+TWO_STAGE_CONVS = (
+    (r"^roi_head\.bbox_head\.shared_convs\.(\d+)\.conv\.", r"box.head.features.\1.0."),
+    (r"^roi_head\.bbox_head\.shared_convs\.(\d+)\.bn\.", r"box.head.features.\1.1."),
+    (r"^roi_head\.bbox_head\.shared_fcs\.0\.", "box.head.features.5."),
+    *TWO_STAGE,
+)
+
 CASCADE = (
     *_NECK,
     *_PROPOSALS,
@@ -52,6 +63,8 @@ CASCADE = (
 RETINANET = (
     (r"^neck\.fpn_convs\.3\.conv\.", "neck.extra_blocks.p6."),
     (r"^neck\.fpn_convs\.4\.conv\.", "neck.extra_blocks.p7."),
+    (r"^neck\.fpn_convs\.3\.bn\.", "neck.extra_blocks.p6_norm."),
+    (r"^neck\.fpn_convs\.4\.bn\.", "neck.extra_blocks.p7_norm."),
     *_NECK,
     (r"^bbox_head\.cls_convs\.(\d+)\.conv\.", r"head.head.classification_head.conv.\1.0."),
     (r"^bbox_head\.reg_convs\.(\d+)\.conv\.", r"head.head.regression_head.conv.\1.0."),

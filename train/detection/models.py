@@ -81,13 +81,15 @@ class FasterRCNN(TwoStage):
         **options: Further arguments of `Detector`.
     """
 
-    official_keys = layouts.TWO_STAGE
+    official_keys: tuple[tuple[str, str], ...] = layouts.TWO_STAGE
 
     def __init__(
         self, backbone: Mapping[str, Any] | vizoo.Backbone, *, rpn: Options = None, box: Options = None, **options: Any
     ) -> None:
         super().__init__(backbone, rpn or {}, options)
         self.box = BoxBranch(*self.pooled_from, **(box or {}))
+        if (box or {}).get("convs"):
+            self.official_keys = layouts.TWO_STAGE_CONVS
 
     def second_losses(
         self, maps: list[Tensor], proposals: list[Tensor], sizes: Sizes, targets: list[dict[str, Any]]

@@ -40,6 +40,7 @@ class ProposalNetwork(RegionProposalNetwork):
         strides: Input pixels per position of each level.
         anchor_scale: Square root of an anchor's area over its level's stride.
         ratios: Heights over widths of the anchors.
+        depth: 3 x 3 convolutions in front of the classifier.
         train_per_level: Best boxes of a level that go into suppression, in training.
         test_per_level: The same, else.
         train_kept: Proposals per image in training: 1000, in the cascade 2000.
@@ -63,6 +64,7 @@ class ProposalNetwork(RegionProposalNetwork):
         *,
         anchor_scale: float = 8.0,
         ratios: Sequence[float] = RATIOS,
+        depth: int = 1,
         train_per_level: int = 2000,
         test_per_level: int = 1000,
         train_kept: int = 1000,
@@ -79,7 +81,7 @@ class ProposalNetwork(RegionProposalNetwork):
     ) -> None:
         super().__init__(
             Anchors.by_scale(strides, anchor_scale, ratios=ratios),
-            RPNHead(channels, len(ratios)),
+            RPNHead(channels, len(ratios), depth),
             positive_iou,
             negative_iou,
             samples,

@@ -25,6 +25,7 @@ class BoxBranch(nn.Module):
         num_classes: Classes of objects.
         convs: See `BoxHead`.
         hidden: See `BoxHead`.
+        norm: See `BoxHead`.
         size: Side of the pooled features.
         sampling_ratio: See `RoIPooler`.
         aligned: See `RoIPooler`.
@@ -49,6 +50,7 @@ class BoxBranch(nn.Module):
         *,
         convs: Sequence[int] = (),
         hidden: Sequence[int] = (1024, 1024),
+        norm: str = "batch",
         size: int = 7,
         sampling_ratio: int = 0,
         aligned: bool = True,
@@ -66,7 +68,7 @@ class BoxBranch(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.pooler = RoIPooler(size, strides, sampling_ratio=sampling_ratio, aligned=aligned)
-        self.head = BoxHead(channels, num_classes, size=size, convs=convs, hidden=hidden)
+        self.head = BoxHead(channels, num_classes, size=size, convs=convs, hidden=hidden, norm=norm)
         self.coder = BoxCoder(weights)
         self.sample = RoISampler(
             num_classes,
@@ -150,6 +152,7 @@ class MaskBranch(nn.Module):
         num_classes: Classes of objects.
         stages: Mask heads: one per stage of a cascade. Their probabilities are averaged.
         hidden: See `MaskHead`.
+        norm: See `MaskHead`.
         size: Side of the pooled features; masks are twice as large.
         sampling_ratio: See `RoIPooler`.
         aligned: See `RoIPooler`.
@@ -165,6 +168,7 @@ class MaskBranch(nn.Module):
         *,
         stages: int = 1,
         hidden: Sequence[int] = (256,) * 4,
+        norm: str | None = None,
         size: int = 14,
         sampling_ratio: int = 0,
         aligned: bool = True,
@@ -173,7 +177,7 @@ class MaskBranch(nn.Module):
     ) -> None:
         super().__init__()
         self.pooler = RoIPooler(size, strides, sampling_ratio=sampling_ratio, aligned=aligned)
-        self.heads = nn.ModuleList(MaskHead(channels, num_classes, hidden=hidden) for _ in range(stages))
+        self.heads = nn.ModuleList(MaskHead(channels, num_classes, hidden=hidden, norm=norm) for _ in range(stages))
         self.target_threshold = target_threshold
         self.threshold = threshold
 
