@@ -56,8 +56,8 @@ WRITTEN = {
         ["grad_q", "parts"],
         ["grad_k", "grad_v", "parts"],
     ],
-    "selective_scan": [["out", "states"], SCAN_GRADIENTS],
-    "selective_scan, last state": [["last", "out", "states"], SCAN_GRADIENTS],
+    "selective_scan": [["to_B", "to_C"], ["out", "states"], ["to_B", "to_C"], SCAN_GRADIENTS],
+    "selective_scan, last state": [["to_B", "to_C"], ["last", "out", "states"], ["to_B", "to_C"], SCAN_GRADIENTS],
     "selective_scan_2d": [["out"], ["out"], ["out"], ["grad_x", "parameter_parts", "token_parts"]],
     "selective_scan_2d, two orders": [
         ["out"],
