@@ -24,6 +24,7 @@ DETECT, SEGMENT = TASKS = ("detect", "segment")
 
 _SWIN = "https://github.com/SwinTransformer/storage/releases/download"
 _MMDETECTION = "https://download.openmmlab.com/mmdetection/v2.0/swin"
+_PLAINMAMBA = "https://huggingface.co/ChenhongyiYang/PlainMamba/resolve/main"
 _SWIN_DETECTION = {
     "repository": "SwinTransformer/Swin-Transformer-Object-Detection",
     "commit": "c7b20110addde0f74b1fbf812b403d16a59a87a9",
@@ -31,6 +32,12 @@ _SWIN_DETECTION = {
 _SWIN_SEGMENTATION = {
     "repository": "SwinTransformer/Swin-Transformer-Semantic-Segmentation",
     "commit": "87e6f90577435c94f3e92c7db1d36edc234d91f6",
+}
+
+_PLAINMAMBA_ORIGIN = {
+    "repository": "ChenhongyiYang/PlainMamba",
+    "commit": "0975a1d0d8bca50e7b85cf15e53de2a383ae12a0",
+    "note": "The authors' count of parameters leaves out those that belong to no layer.",
 }
 
 
@@ -41,7 +48,7 @@ class DenseWeights:
     Attributes:
         name: `architecture.backbone.schedule`; the backbone is a variant of the zoo.
         task: `detect` or `segment`.
-        model: Class of the model, by its name as `type`, and its arguments but the backbone.
+        model: Class of the model, by its name as `type`, and its arguments; of the backbone's only what differs.
         weights: The file, its origin and licence, and the published results. `labels` names the data set.
     """
 
@@ -59,7 +66,8 @@ class DenseWeights:
         """The model with initial weights, in training mode."""
         from .dense_models import build_model
 
-        return build_model({**self.model, "backbone": {"name": self.backbone}}, self.task)
+        backbone = {**self.model.get("backbone", {}), "name": self.backbone}
+        return build_model({**self.model, "backbone": backbone}, self.task)
 
     def load(self, file: str | Path) -> BaseModel:
         """The model with the weights of a file, which must fit strictly.
@@ -110,7 +118,24 @@ def _mmdetection(schedule: str, path: str, box_ap: float, mask_ap: float) -> Den
     )
 
 
-def _coco(url: str, params: int, box_ap: float, mask_ap: float, **origin: Any) -> Weights:
+def _plainmamba_coco(architecture: str, size: str, params: int, box_ap: float, mask_ap: float | None) -> DenseWeights:
+    model: dict[str, Any] = {"backbone": {"output_norms": False}, "adapter": {"type": "VitAdapter"}}
+    if architecture == "mask_rcnn":
+        model |= {"type": "MaskRCNN", "neck": {"type": "Pyramid", "norm": True}}
+        model |= {"box": {"convs": (256,) * 4, "hidden": (1024,)}}
+    else:
+        model |= {"type": "RetinaNet", "neck": {"type": "Pyramid", "norm": True, "extra_on_output": True}}
+        model["adapter"]["out_indices"] = (1, 2, 3)
+    url = f"{_PLAINMAMBA}/detection/{architecture.replace('_', '')}/{size}_1x.pth"
+    return DenseWeights(
+        name=f"{architecture}.plainmamba_{size}.coco_1x",
+        task=DETECT,
+        model=model,
+        weights=_coco(url, params, box_ap, mask_ap, **_PLAINMAMBA_ORIGIN),
+    )
+
+
+def _coco(url: str, params: int, box_ap: float, mask_ap: float | None, **origin: Any) -> Weights:
     return Weights(
         url=url,
         license="Apache-2.0",
@@ -119,7 +144,7 @@ def _coco(url: str, params: int, box_ap: float, mask_ap: float, **origin: Any) -
         interpolation="bilinear",
         num_classes=80,
         labels="coco",
-        metrics={"box_ap": box_ap, "mask_ap": mask_ap},
+        metrics={"box_ap": box_ap} | ({} if mask_ap is None else {"mask_ap": mask_ap}),
         params=params,
         **origin,
     )
@@ -146,7 +171,23 @@ def _upernet(size: str, params: int, gmacs: int, miou: float, miou_ms_flip: floa
     )
 
 
-def _ade20k(url: str, params: int, gmacs: int, metrics: dict[str, float], **origin: Any) -> Weights:
+def _plainmamba_ade20k(size: str, params: int, miou: float) -> DenseWeights:
+    return DenseWeights(
+        name=f"upernet.plainmamba_{size}.ade20k_160k",
+        task=SEGMENT,
+        model={
+            "type": "Segmenter",
+            "decode_head": {"type": "UPerHead"},
+            "auxiliary_head": {"type": "FCNHead", "in_index": 3},
+            "num_classes": 150,
+        },
+        weights=_ade20k(
+            f"{_PLAINMAMBA}/segmentation/{size}_upernet.pth", params, None, {"miou": miou}, **_PLAINMAMBA_ORIGIN
+        ),
+    )
+
+
+def _ade20k(url: str, params: int, gmacs: int | None, metrics: dict[str, float], **origin: Any) -> Weights:
     return Weights(
         url=url,
         license="Apache-2.0",
@@ -157,7 +198,7 @@ def _ade20k(url: str, params: int, gmacs: int, metrics: dict[str, float], **orig
         labels="ade20k",
         metrics=metrics,
         params=params,
-        macs=gmacs * 1e9,
+        macs=None if gmacs is None else gmacs * 1e9,
         **origin,
     )
 
@@ -204,6 +245,15 @@ _TABLE = (
             commit="7501c8662991cad6db780b61fac0886b56a76588",
         ),
     ),
+    _plainmamba_coco("mask_rcnn", "l1", 31_212_128, 44.1, 39.1),
+    _plainmamba_coco("mask_rcnn", "l2", 53_202_496, 46.0, 40.6),
+    _plainmamba_coco("mask_rcnn", "l3", 79_781_520, 46.8, 41.2),
+    _plainmamba_coco("retinanet", "l1", 19_199_844, 41.7, None),
+    _plainmamba_coco("retinanet", "l2", 40_685_636, 43.9, None),
+    _plainmamba_coco("retinanet", "l3", 67_030_932, 44.8, None),
+    _plainmamba_ade20k("l1", 35_455_596, 44.1),
+    _plainmamba_ade20k("l2", 55_874_156, 46.8),
+    _plainmamba_ade20k("l3", 81_292_908, 49.1),
 )
 
 

@@ -146,6 +146,7 @@ class Trainer(Runner):
         options = self.cfg.get("compile", False)
         if options is False or options is None:
             return
-        backbone = unwrap(self.model).get_submodule("backbone")
+        model = unwrap(self.model)
+        backbone = getattr(model, "adapter", None) or model.get_submodule("backbone")  # an adapter runs the stages
         backbone.compile(**({} if options is True else dict(options)))
         self.logger.info("the backbone is compiled at its first batch")

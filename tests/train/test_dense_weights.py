@@ -30,11 +30,28 @@ PUBLISHED = {
     "upernet.swin_base_patch4_window7_224.ade20k_160k": (121, {"miou": 48.13, "miou_ms_flip": 49.72}),
     "semantic_fpn.litv2_s.ade20k_80k": (31, {"miou": 44.3}),
 }
+# Whole millions, without the parameters that belong to no layer.
+PLAINMAMBA = {
+    "mask_rcnn.plainmamba_l1.coco_1x": (31, {"box_ap": 44.1, "mask_ap": 39.1}),
+    "mask_rcnn.plainmamba_l2.coco_1x": (53, {"box_ap": 46.0, "mask_ap": 40.6}),
+    "mask_rcnn.plainmamba_l3.coco_1x": (79, {"box_ap": 46.8, "mask_ap": 41.2}),
+    "retinanet.plainmamba_l1.coco_1x": (19, {"box_ap": 41.7}),
+    "retinanet.plainmamba_l2.coco_1x": (40, {"box_ap": 43.9}),
+    "retinanet.plainmamba_l3.coco_1x": (67, {"box_ap": 44.8}),
+    "upernet.plainmamba_l1.ade20k_160k": (35, {"miou": 44.1}),
+    "upernet.plainmamba_l2.ade20k_160k": (55, {"miou": 46.8}),
+    "upernet.plainmamba_l3.ade20k_160k": (81, {"miou": 49.1}),
+}
 
 
 def test_the_table_is_what_was_published() -> None:
     found = {r.name: (round((r.weights.params or 0) / 1e6), dict(r.weights.metrics)) for r in dense_weights._TABLE}
-    assert found == PUBLISHED
+    assert {name: values for name, values in found.items() if name in PUBLISHED} == PUBLISHED
+    assert {name: values[1] for name, values in found.items() if name not in PUBLISHED} == {
+        name: metrics for name, (_, metrics) in PLAINMAMBA.items()
+    }
+    for name, (millions, _) in PLAINMAMBA.items():
+        assert found[name][0] - millions in (0, 1)
     assert len({record.weights.url for record in dense_weights._TABLE}) == len(found)
     for record in dense_weights._TABLE:
         assert record.weights.license == "Apache-2.0"
@@ -46,7 +63,7 @@ def test_the_table_is_what_was_published() -> None:
 
 def test_only_models_that_can_be_built_are_listed() -> None:
     listed = {record.name for record in list_dense()}
-    assert listed == {name for name in PUBLISHED if name.split(".")[1] in vizoo.list_models()}
+    assert listed == {name for name in (*PUBLISHED, *PLAINMAMBA) if name.split(".")[1] in vizoo.list_models()}
 
 
 @pytest.mark.parametrize("name", [record.name for record in list_dense()])
@@ -61,9 +78,10 @@ def test_models_have_the_stated_size(name: str) -> None:
 def test_filters() -> None:
     assert {task: {r.task for r in list_dense(task=task)} for task in TASKS} == {task: {task} for task in TASKS}
     assert [r.name for r in list_dense("upernet.*base*")] == ["upernet.swin_base_patch4_window7_224.ade20k_160k"]
-    assert len(list_dense("coco_1x")) == 3
+    assert len(list_dense("*swin*coco_1x")) == 3
     assert list_dense(family="davit") == []
-    assert list_dense(family="swin") == list_dense(mixer="window attention") == list_dense()
+    assert list_dense(family="swin") == list_dense(mixer="window attention")
+    assert {record.name for record in list_dense(family="plainmamba")} == set(PLAINMAMBA)
     with pytest.raises(ValueError, match="unknown task 'detct'; did you mean 'detect'"):
         list_dense(task="detct")
 
