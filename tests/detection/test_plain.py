@@ -69,6 +69,17 @@ def test_every_parameter_learns_and_predictions_come(build: Any, batch: Batch) -
     assert len(model(**batch, mode="predict")) == 2
 
 
+@pytest.mark.parametrize("build", [mask_rcnn, cascade])
+def test_autocast_stays_close_to_float32(build: Any, batch: Batch) -> None:
+    model = build().eval()
+    with torch.no_grad():
+        exact = model(batch["images"])
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(batch["images"])
+    for one, other in zip(exact, rounded, strict=True):
+        assert (other.float() - one).abs().mean() < 0.05 * one.abs().mean()
+
+
 def test_simple_pyramid() -> None:
     backbone = create_dense(**plain("vig_tiny", out_indices=(1, 3)))
     neck = SimplePyramid(backbone, 16, extra_convs=True, strides=(8, 16, 32))

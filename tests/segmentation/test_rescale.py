@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,9 +100,11 @@ def test_the_recipe_is_the_published_one() -> None:
     assert decays["backbone.layers.3.mixer.A_log"] == decays["neck.fpn2.0.weight"] == 0.1
 
 
-def test_plainmamba_spares_what_its_authors_spare() -> None:
+def test_plainmamba_spares_what_its_authors_spare(tmp_path: Path) -> None:
     config = load_config("ade20k/upernet_160k", ["model.backbone.name=plainmamba_l1"])
     spared = tuple(config.optim_wrapper.paramwise_cfg.not_decayed)
+    config.dump(tmp_path / "saved.py")
+    assert tuple(load_config(tmp_path / "saved.py").optim_wrapper.paramwise_cfg.not_decayed) == spared
     assert spared[-4:] == (".pos_embed", ".A_log", ".D", ".direction_Bs")
     with torch.device("meta"):
         backbone = {**config.model.backbone, "pretrained": False}
