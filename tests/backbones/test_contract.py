@@ -17,6 +17,8 @@ import vizoo
 from vizoo.registry import families
 
 FAMILIES = sorted(families())
+# One for each mixer, whose gradients compilers trace; operators show that they can in tests of their own.
+TRACED_WITH_GRADIENTS = set({family.mixer: name for name, family in families().items()}.values())
 SIZES = [(32, 32), (37, 61), (64, 96), (101, 33)]
 
 
@@ -317,8 +319,10 @@ def test_compile_as_one_graph(family: str) -> None:
         model = tiny(family, depths=(1, 1))
     else:  # further stages of known size are traced as the first ones; free sizes, with the classifier, by export
         model = tiny(family, num_classes=None, features_only=True, out_indices=leading(model))
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    gradients = family in TRACED_WITH_GRADIENTS
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager" if gradients else "eager")
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

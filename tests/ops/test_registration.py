@@ -13,6 +13,7 @@ import pytest
 
 SCAN_GRADIENTS = [
     "grad_delta", "grad_start", "grad_u", "grad_z", "parts_A", "parts_B", "parts_C", "parts_D", "parts_bias",
+    "waiting",
 ]  # fmt: skip
 WRITTEN = {
     "window_attention": [["out"], ["grad_bias", "grad_padding", "grad_qkv"]],
