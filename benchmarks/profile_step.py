@@ -9,16 +9,13 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from collections import Counter
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 import vizoo
-from models import TIMM, from_timm
+from contestants import TIMM, from_timm
+from kernel_times import kernels
 from vizoo.benchmark import Step, make_step
-
-PROFILED = 3
 
 
 def wall(step: Step, count: int) -> float:
@@ -29,21 +26,6 @@ def wall(step: Step, count: int) -> float:
         step()
     torch.cuda.synchronize()
     return (time.perf_counter() - start) / count * 1e3
-
-
-def kernels(step: Step) -> tuple[Counter[str], Counter[str]]:
-    """Milliseconds of a step, and launches, of each kernel."""
-    times: Counter[str] = Counter()
-    launches: Counter[str] = Counter()
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(PROFILED):
-            step()
-        torch.cuda.synchronize()
-    for event in found.events():
-        if event.device_type.name == "CUDA":
-            times[event.name] += event.device_time / PROFILED / 1e3
-            launches[event.name] += 1
-    return times, launches
 
 
 def main() -> None:
@@ -66,11 +48,10 @@ def main() -> None:
     step = make_step(model.to(device), options.mode, **settings)
     wall(step, 4)
     milliseconds = wall(step, 10)
-    times, launches = kernels(step)
+    found = kernels(step, device)
     peak = torch.cuda.max_memory_allocated() / 2**30
-    print(f"wall {milliseconds:.2f} ms, kernels {times.total():.2f} ms, peak {peak:.2f} GiB")
-    for name, spent in times.most_common(options.first):
-        print(f"{spent:8.3f} ms {launches[name] / PROFILED:6.1f}x  {name[:140]}")
+    print(f"wall {milliseconds:.2f} ms, kernels {sum(k.milliseconds for k in found):.2f} ms, peak {peak:.2f} GiB")
+    print(*found[: options.first], sep="\n")
 
 
 if __name__ == "__main__":
