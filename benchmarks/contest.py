@@ -2,6 +2,7 @@
 
 Compiling takes minutes, timing seconds. A process builds, compiles and warms up, frees the memory that it does not
 need, says that it is ready, and waits. When all are ready, have failed, or are too late, one after the other is timed.
+What a compiler chooses by trying on the device, it tries beside the others' work; none is favored by that.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from side_by_side import Crew, Ended, crew
 from vizoo.benchmark import PeakMemory, choose_device, time_steps
 
 READY, GO = "ready", "go"
+SHORT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
+"""What errors say, of torch, of CUDA and of its libraries, when there is too little memory."""
 
 
 def measure_together(cases: dict[Case, list[Contestant]], options: argparse.Namespace) -> Iterator[Found]:
@@ -98,7 +101,9 @@ def measured_alone(connection: Connection, job: Job, options: argparse.Namespace
     memory, step = PeakMemory(device), None
     try:
         step = ready_step(case, entry, device, options)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in SHORT_OF_MEMORY):
+            raise
         print(f"too little memory beside others, once more alone: {job}", flush=True)
     release(device)
     connection.send(READY)

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 import torch
-from models import RESULTS, save
 
+from result_files import RESULTS, save
 from vizoo.environment import environment
 
 MODEL = "swin_tiny_patch4_window7_224"
