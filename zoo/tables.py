@@ -148,10 +148,11 @@ def _speed_table(result: Mapping[str, Any]) -> str:
         f"{facts['device']}, {rows[0]['dtype']}, torch {facts['torch']}, commit {facts['commit']}, {facts['date'][:10]}"
     )
     peers = sorted({row["library"] for row in rows} - {"vizoo"})
+    heads = ["model", "mode", "run", "batch", "CPU threads", "images/s", *(f"times {peer}" for peer in peers)]
     lines = [
         f"{where}:",
         "",
-        f"| {' | '.join(['model', 'mode', 'run', 'batch', 'CPU threads', 'images/s', *(f'times {p}' for p in peers)])} |",
+        f"| {' | '.join(heads)} |",
         f"|---|---|---|---|---|---|{'---|' * len(peers)}",
     ]
     keys = ("model", "mode", "execution", "batch_size", "threads")

@@ -177,7 +177,7 @@ _Eager = direct_function(_launch_forward, _setup_context, _gradients)
 
 
 def _forward_flops(x: Sequence[int], delta: Any, A: Sequence[int], *arguments: Any, **kwargs: Any) -> int:
-    """9 products and sums for each token, channel, state and route, as papers count; and the projection of the steps."""
+    """Twice 9 for each token, channel, state and route, as papers count; and the projection of the steps."""
     images, H, W, d = x
     K, _, N = A
     weight = arguments[3]
