@@ -129,11 +129,18 @@ def _unrolled(position: Tensor, shift: int, size: int) -> Tensor:
     return position - (position >= size) * size  # cheaper than the remainder
 
 
+def _rolled(position: Tensor, shift: int, size: int) -> Tensor:
+    """Where a position of a padded axis lies once the axis is rolled back by a shift."""
+    position = position - shift
+    # Not the remainder: Inductor loses its bounds and, on a CPU, fails to index with it.
+    return position + (position < 0) * size
+
+
 def _target(H: int, W: int, window: tuple[int, int], shift: tuple[int, int], device: torch.device) -> Tensor:
     """Index in the windows, one after the other, of each pixel of the map: (H * W,)."""
     rows, cols = window
-    y = ((torch.arange(H, device=device) - shift[0]) % (_windows(H, rows) * rows))[:, None]
-    x = ((torch.arange(W, device=device) - shift[1]) % (_windows(W, cols) * cols))[None, :]
+    y = _rolled(torch.arange(H, device=device), shift[0], _windows(H, rows) * rows)[:, None]
+    x = _rolled(torch.arange(W, device=device), shift[1], _windows(W, cols) * cols)[None, :]
     number = y // rows * _windows(W, cols) + x // cols
     return (number * (rows * cols) + y % rows * cols + x % cols).view(H * W)
 
