@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from vizoo.ops import gpu
@@ -16,6 +18,9 @@ from . import kernels, tiles
 from .function import FLOPS
 
 register_flops(FLOPS)
+
+STACKS_AHEAD = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 2)
+"""Whether loops over stacks of tiles may load ahead: Triton 3.2 crashes compiling that for compute capability 9.0."""
 
 
 class _Call:
@@ -113,6 +118,8 @@ def _over_queries(call: _Call, kind: tiles.Kind, tiled: Any, whole: Any, tensors
     """Launches the kernel of a kind for tiles of queries: the one whose blocks hold all keys, where that can be."""
     found = call.whole(kind)
     tile = call.tile(kind) if found is None else found
+    if tile.stack > 1 and not STACKS_AHEAD:
+        tile = replace(tile, stages=1)
     counts = call.tile_counts(tile)
     programs = call.heads * math.prod(counts)
     if found is None:
