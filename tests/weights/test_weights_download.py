@@ -71,6 +71,7 @@ def test_one_truncated_answer_is_resumed_unnoticed(server: Any, answer: Any, rec
 
 
 def test_stalling_server(server: Any, answer: Any, record: Weights, data: bytes, monkeypatch: Any) -> None:
+    monkeypatch.setenv("VIZOO_TIMEOUT", "0.3")
     monkeypatch.setattr(fetch, "ATTEMPTS", 2)
     server.answers = [answer(cut=1000, stall=True), answer(cut=0, stall=True)]
     with pytest.raises(DownloadError, match=r"nothing arrived for 0\.3 s; 1000 bytes are kept"):
