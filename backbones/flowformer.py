@@ -45,8 +45,7 @@ from .base import (
     init_linear,
     make_classifier,
 )
-from .layers import DropPath, LayerNorm, Mlp, pad_to_multiple
-from .vim import resize_positions
+from .layers import DropPath, LayerNorm, Mlp, pad_to_multiple, resize_grid
 
 STRIDE = 4
 """Stride of the stem; every further stage halves the map."""
@@ -190,7 +189,7 @@ class Flowformer(Backbone):
         table: Tensor = self.pos_embed
         grid = self.config.grid
         if not (known(rows == grid[0]) and known(columns == grid[1])):
-            table = resize_positions(table, grid, (rows, columns))
+            table = resize_grid(table, grid, (rows, columns))
         return table.unflatten(1, (rows, columns))
 
     def stage(self, index: int, x: Tensor) -> Tensor:
@@ -213,7 +212,7 @@ class Flowformer(Backbone):
         side = math.isqrt(table.shape[1])
         if side**2 != table.shape[1]:
             return {}
-        state["pos_embed"] = resize_positions(table, (side, side), grid)
+        state["pos_embed"] = resize_grid(table, (side, side), grid)
         return {"pos_embed": f"positions of {side} x {side} to {grid[0]} x {grid[1]} patches, bicubic"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -153,3 +154,20 @@ def larger(a: int, b: int) -> int:
 def as_linear(weight: Tensor) -> Tensor:
     """Weight of a point-wise convolution (out, in, 1, 1) as that of a linear layer, which stays as it is."""
     return weight.flatten(1)
+
+
+def resize_grid(table: Tensor, old: Sequence[int], new: Sequence[int], mode: str = "bicubic") -> Tensor:
+    """Resize a table of positions to another grid.
+
+    Args:
+        table: (1, rows * columns, C).
+        old: Its rows and columns.
+        new: Those wanted.
+        mode: Interpolation, as torch names it.
+
+    Returns:
+        (1, L, C) in the dtype of `table`.
+    """
+    image = table.unflatten(1, tuple(old)).permute(0, 3, 1, 2).to(torch.promote_types(table.dtype, torch.float32))
+    image = F.interpolate(image, size=tuple(new), mode=mode, align_corners=False)
+    return image.flatten(2).mT.to(table.dtype)

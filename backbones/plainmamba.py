@@ -48,8 +48,8 @@ from .base import (
     init_linear,
     make_classifier,
 )
-from .layers import BatchNorm, DropPath, LayerNorm, is_plain, pad_to_multiple
-from .vim import check_pruning, most_important, rates, resize_positions, walk_pruned
+from .layers import BatchNorm, DropPath, LayerNorm, is_plain, pad_to_multiple, resize_grid
+from .vim import check_pruning, most_important, rates, walk_pruned
 
 STRIDE = 16
 """Stride of the stem, and of every stage."""
@@ -295,7 +295,7 @@ class PlainMamba(Backbone):
         table: Tensor = self.pos_embed
         sides = self.config.map_sides
         if not (known(rows == sides[0]) and known(columns == sides[1])):
-            table = resize_positions(table, sides, (rows, columns))
+            table = resize_grid(table, sides, (rows, columns))
         return table.unflatten(1, (rows, columns))
 
     def stage(self, index: int, x: Tensor) -> Tensor:
@@ -357,7 +357,7 @@ class PlainMamba(Backbone):
         if table is not None and table.shape[1] != math.prod(grid):
             side = math.isqrt(table.shape[1])
             if side**2 == table.shape[1]:
-                state["pos_embed"] = resize_positions(table, (side, side), grid)
+                state["pos_embed"] = resize_grid(table, (side, side), grid)
                 done["pos_embed"] = f"positions of {side} x {side} to {grid[0]} x {grid[1]} patches, bicubic"
         return done
 

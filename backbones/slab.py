@@ -51,12 +51,11 @@ from .hosts import (
     ShiftedWindowAttention,
     SwinHost,
     TokenAttention,
-    resize_positions,
     same_grid,
     square_grid,
     stripe_branches,
 )
-from .layers import convolve, is_plain
+from .layers import convolve, is_plain, resize_grid
 from .progressive_norm import ProgressiveNorm, RepBN, check_steps
 from .swin import SwinConfig, shift_of
 
@@ -212,7 +211,7 @@ class LinearMixer(nn.Module):
         """P for a map of this size, (1, rows * columns, C)."""
         if same_grid(self.grid, (rows, columns)):
             return self.positional_encoding
-        return resize_positions(self.positional_encoding, self.grid, (rows, columns), self.mode)
+        return resize_grid(self.positional_encoding, self.grid, (rows, columns), self.mode)
 
     def convolve(self, v: Tensor) -> Tensor:
         """The convolution of the values, (B, H, W, C)."""
@@ -422,7 +421,7 @@ class Slab(Backbone):
                 continue
             old = square_grid(state[name].shape[1])
             if old is not None and old != mixer.grid:
-                state[name] = resize_positions(state[name], old, mixer.grid, mixer.mode)
+                state[name] = resize_grid(state[name], old, mixer.grid, mixer.mode)
                 done[name] = f"positions of {old[0]} x {old[1]} to {mixer.grid[0]} x {mixer.grid[1]}, {mixer.mode}"
         return done
 

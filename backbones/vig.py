@@ -46,9 +46,9 @@ from .base import (
     init_linear,
     make_classifier,
 )
-from .layers import DropPath, LayerNorm, as_linear, is_plain, pad_to_multiple, round_up
+from .layers import DropPath, LayerNorm, as_linear, is_plain, pad_to_multiple, resize_grid, round_up
 from .nat import Level
-from .vim import RMSNorm, resize_positions
+from .vim import RMSNorm
 from .vmamba import DepthwiseConv, to_nchw, to_nhwc
 
 STRIDE = 16
@@ -356,7 +356,7 @@ class Vig(Backbone):
         table: Tensor = self.pos_embed
         sides = self.config.map_sides
         if not (known(rows == sides[0]) and known(columns == sides[1])):
-            table = resize_positions(table, sides, (rows, columns))
+            table = resize_grid(table, sides, (rows, columns))
         return table.unflatten(1, (rows, columns))
 
     def stage(self, index: int, x: Tensor) -> Tensor:
@@ -383,7 +383,7 @@ class Vig(Backbone):
         side = math.isqrt(table.shape[1])
         if side**2 != table.shape[1]:
             return {}
-        state["pos_embed"] = resize_positions(table, (side, side), grid)
+        state["pos_embed"] = resize_grid(table, (side, side), grid)
         return {"pos_embed": f"positions of {side} x {side} to {grid[0]} x {grid[1]} patches, bicubic"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

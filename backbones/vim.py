@@ -52,7 +52,7 @@ from .base import (
     image_sides,
     make_classifier,
 )
-from .layers import DropPath, pad_to_multiple
+from .layers import DropPath, pad_to_multiple, resize_grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -540,9 +540,7 @@ def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) 
     if table.shape[1] > old[0] * old[1]:
         middle = (table.shape[1] - 1) // 2
         return _with_middle(resize_positions(_without_middle(table), old, new), table[:, middle : middle + 1])
-    image = table.unflatten(1, old).permute(0, 3, 1, 2).to(torch.promote_types(table.dtype, torch.float32))
-    image = F.interpolate(image, size=new, mode="bicubic", align_corners=False)
-    return image.flatten(2).mT.to(table.dtype)
+    return resize_grid(table, old, new)
 
 
 OFFICIAL_LAYOUT = CheckpointLayout(name="official", marker=r"^layers\.\d+\.mixer\.A_b_log$")

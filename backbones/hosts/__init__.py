@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from .cswin import CswinConfig, CswinHost, StripeAttention, stripe_branches
 from .deit import DeitConfig, DeitHost, TokenAttention
-from .parts import MakeMixer, MakeNorm, resize_positions, same_grid, square_grid
+from .parts import MakeMixer, MakeNorm, same_grid, square_grid
 from .pvt import PvtConfig, PvtHost, ReducedAttention
 from .swin import ShiftedWindowAttention, SwinHost
 
@@ -41,7 +41,6 @@ __all__ = [
     "StripeAttention",
     "SwinHost",
     "TokenAttention",
-    "resize_positions",
     "same_grid",
     "square_grid",
     "stripe_branches",

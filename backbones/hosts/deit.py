@@ -21,7 +21,7 @@ from ..base import (
     image_sides,
     make_classifier,
 )
-from ..layers import LayerNorm
+from ..layers import LayerNorm, resize_grid
 from .parts import (
     Block,
     MakeMixer,
@@ -31,7 +31,6 @@ from .parts import (
     check_positive,
     fold_norm,
     init_host,
-    resize_positions,
     same_grid,
     square_grid,
 )
@@ -133,7 +132,7 @@ class DeitHost(Backbone):
         grid = self.config.grid(self.config.image_sides)
         if same_grid(grid, (rows, columns)):
             return self.pos_embed
-        return resize_positions(self.pos_embed, grid, (rows, columns), "bicubic", self.config.class_token)
+        return _resized(self.pos_embed, grid, (rows, columns), self.config.class_token)
 
     def stage(self, index: int, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """A part of the blocks on tokens of a grid of patches, that of an image of the model's size by default."""
@@ -182,7 +181,7 @@ class DeitHost(Backbone):
         old, new = square_grid(table.shape[1] - token), self.config.grid(self.config.image_sides)
         if old is None:
             return {}
-        state["pos_embed"] = resize_positions(table, old, new, "bicubic", token)
+        state["pos_embed"] = _resized(table, old, new, token)
         return {"pos_embed": f"positions of {old[0]} x {old[1]} to {new[0]} x {new[1]} patches, bicubic"}
 
     def fuse_final_norm_(self) -> None:
@@ -197,6 +196,13 @@ class DeitHost(Backbone):
         starts = [end - depth for end, depth in zip(self.ends, self.config.depths, strict=True)]
         numbers = ["|".join(map(str, range(*ends))) for ends in zip(starts, self.ends, strict=True)]
         return {"stem": stem, "blocks": [(rf"^blocks\.(?:{each})\.", (i,)) for i, each in enumerate(numbers)]}
+
+
+def _resized(table: Tensor, old: Sequence[int], new: Sequence[int], class_token: bool) -> Tensor:
+    """A table of positions for another grid; a class token's row in front stays as it is."""
+    if class_token:
+        return torch.cat((table[:, :1], resize_grid(table[:, 1:], old, new)), 1)
+    return resize_grid(table, old, new)
 
 
 class TokenAttention(nn.Module):

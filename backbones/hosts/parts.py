@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -108,28 +107,6 @@ def fold_norm(parent: nn.Module, name: str, readers: Sequence[nn.Module]) -> Non
         for reader in readers:
             fold_before(*scale_and_shift(norm), cast(Layer, reader))
         setattr(parent, name, nn.Identity().train(parent.training))
-
-
-def resize_positions(
-    table: Tensor, old: Sequence[int], new: Sequence[int], mode: str, class_token: bool = False
-) -> Tensor:
-    """Resize a position table to another grid; a class token's row in front stays as it is.
-
-    Args:
-        table: (1, rows * columns, C), or with a class token a row more.
-        old: Its rows and columns.
-        new: Those wanted.
-        mode: Interpolation, as torch names it.
-        class_token: Whether the first row is a class token's.
-
-    Returns:
-        (1, L, C) in the dtype of `table`.
-    """
-    if class_token:
-        return torch.cat((table[:, :1], resize_positions(table[:, 1:], old, new, mode)), 1)
-    image = table.unflatten(1, tuple(old)).permute(0, 3, 1, 2).to(torch.promote_types(table.dtype, torch.float32))
-    image = F.interpolate(image, size=tuple(new), mode=mode, align_corners=False)
-    return image.flatten(2).mT.to(table.dtype)
 
 
 def same_grid(one: Sequence[int], other: Sequence[int]) -> bool:

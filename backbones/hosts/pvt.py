@@ -21,7 +21,7 @@ from ..base import (
     image_sides,
     make_classifier,
 )
-from ..layers import LayerNorm
+from ..layers import LayerNorm, resize_grid
 from .parts import (
     Block,
     MakeMixer,
@@ -32,7 +32,6 @@ from .parts import (
     check_stages,
     fold_norm,
     init_host,
-    resize_positions,
     same_grid,
     square_grid,
 )
@@ -137,7 +136,7 @@ class PvtHost(Backbone):
         """Position table (1, rows, columns, C) of a stage."""
         table, grid = getattr(self, f"pos_embed{index + 1}"), self.config.grid(index)
         if not same_grid(grid, (rows, columns)):
-            table = resize_positions(table, grid, (rows, columns), "bilinear")
+            table = resize_grid(table, grid, (rows, columns), "bilinear")
         return table.unflatten(1, (rows, columns))
 
     def stage(self, index: int, x: Tensor) -> Tensor:
@@ -157,7 +156,7 @@ class PvtHost(Backbone):
                 continue
             old = square_grid(state[name].shape[1])
             if old is not None:
-                state[name] = resize_positions(state[name], old, new, "bilinear")
+                state[name] = resize_grid(state[name], old, new, "bilinear")
                 done[name] = f"positions of {old[0]} x {old[1]} to {new[0]} x {new[1]} patches, bilinear"
         return done
 

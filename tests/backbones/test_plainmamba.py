@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vizoo
+from vizoo.backbones.layers import resize_grid
 from vizoo.backbones.plainmamba import PlainMambaBlock, SnakeMamba
-from vizoo.backbones.vim import resize_positions
 from vizoo.ops import selective_scan
 from vizoo.registry import families
 
@@ -147,7 +147,7 @@ def test_positions_follow_the_image() -> None:
     model = tiny()
     assert model.pos_embed.shape == (1, 16, 16)
     got = model.positions(3, 7)
-    torch.testing.assert_close(got, resize_positions(model.pos_embed, (4, 4), (3, 7)).view(1, 3, 7, 16))
+    torch.testing.assert_close(got, resize_grid(model.pos_embed, (4, 4), (3, 7)).view(1, 3, 7, 16))
     assert torch.equal(model.positions(4, 4), model.pos_embed.view(1, 4, 4, 16))
 
 
@@ -155,7 +155,7 @@ def test_checkpoints_of_another_size_are_resized() -> None:
     model, wide = tiny(), tiny(img_size=(64, 96))
     report = vizoo.load_checkpoint(wide, model.state_dict())
     assert report.adapted == {"pos_embed": "positions of 4 x 4 to 4 x 6 patches, bicubic"}
-    torch.testing.assert_close(wide.pos_embed.data, resize_positions(model.pos_embed.data, (4, 4), (4, 6)))
+    torch.testing.assert_close(wide.pos_embed.data, resize_grid(model.pos_embed.data, (4, 4), (4, 6)))
     with pytest.raises(ValueError, match=r"pos_embed \(1, 17, 16\) instead of \(1, 24, 16\)"):
         vizoo.load_checkpoint(wide, {**model.state_dict(), "pos_embed": torch.zeros(1, 17, 16)})
 
