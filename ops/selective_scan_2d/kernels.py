@@ -425,26 +425,29 @@ def _route_gradients(
     H, W, d, stored, images,
     x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
     k: tl.constexpr, K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    MP: tl.constexpr, T: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr,
+    S: tl.constexpr, MP: tl.constexpr, T: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr,
     ROUTED: tl.constexpr, COLUMNS: tl.constexpr, CONTINUOUS: tl.constexpr, BACKWARDS: tl.constexpr,
     TOKEN_PRECISION: tl.constexpr, WEIGHT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of some tiles through one route: adds that of x to an earlier one, and leaves parts of all others.
 
-    Sums over channels, of the gradients of what steps are projected from, of B and of C, are columns of one matrix.
+    Sums over channels, of the gradients of what steps are projected from (S columns: R, or none where steps' own
+    gradients are wanted), of B and of C, are columns of one matrix.
     """
     token, column, place = tl.arange(0, T), tl.arange(0, MP), tl.arange(0, NP)
-    M: tl.constexpr = R + 2 * N
-    P: tl.constexpr = R + N + 2
+    M: tl.constexpr = S + 2 * N
+    P: tl.constexpr = S + N + 2
     projection, shift, skip = _constants(weight, bias, D, k, channel, d, R, RP)
-    if weight is not None:
+    if S > 0:
         wide = weight + (k * d + channel)[:, None] * R + column[None, :]
         wide = tl.load(wide, mask=(channel < d)[:, None] & (column < R)[None, :], other=0.0).to(tl.float32)
     delta += k * delta_route
     B += k * B_route
     Cm += k * B_route
-    rates, by_skip = tl.zeros((NP, C), tl.float32), tl.zeros((C,), tl.float32)
-    parameters = tl.zeros((C, MP), tl.float32)
+    rates = tl.zeros((NP, C), tl.float32)
+    by_skip, by_bias = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+    if S > 0:
+        parameters = tl.zeros((C, MP), tl.float32)
     for i in range(begin, end):
         image = (i // tiles).to(tl.int64)
         tile = i % tiles
@@ -480,9 +483,9 @@ def _route_gradients(
             through += adjoint * map
             by_steps += adjoint * (rate[None, :] * kept + map * values)
             rates += tl.where(place[:, None] == n, tl.sum(adjoint * steps * kept, 0)[None, :], 0.0)
-            into = tl.where(column[None, :] == R + n, 1.0, 0.0) + tl.zeros((C, MP), tl.float32)
+            into = tl.where(column[None, :] == S + n, 1.0, 0.0) + tl.zeros((C, MP), tl.float32)
             sums = tl.dot(adjoint * steps * values, into, sums, input_precision=TOKEN_PRECISION)
-            into = tl.where(column[None, :] == R + N + n, 1.0, 0.0) + tl.zeros((C, MP), tl.float32)
+            into = tl.where(column[None, :] == S + N + n, 1.0, 0.0) + tl.zeros((C, MP), tl.float32)
             sums = tl.dot(h * grads, into, sums, input_precision=TOKEN_PRECISION)
         if SOFTPLUS:
             by_steps *= tl.exp2((v - steps) * LOG2E)  # the sigmoid of v
@@ -491,27 +494,35 @@ def _route_gradients(
         if earlier is not None:
             total += tl.load(earlier + whole + spots, mask=mask, other=0.0)
         tl.store(grad_x + whole + spots, total.to(grad_x.dtype.element_ty), mask=mask)
-        right = tl.where(column[None, :] == R, 1.0, 0.0) + tl.zeros((T, MP), tl.float32)
-        if weight is None:
-            spots = _spots(row * (K * d) + k * d, row_stride * (K * d), token, channel)
-            tl.store(grad_delta + whole * K + spots, by_steps.to(grad_delta.dtype.element_ty), mask=mask)
+        if S == 0:
+            by_bias += tl.sum(by_steps, 0)
+            if weight is None:
+                target, pitch = grad_delta + whole * K + k * d, K * d
+            else:
+                target, pitch = grad_delta + ((k * images).to(tl.int64) + image) * (H * W) * d, d
+            spots = _spots(row * pitch, row_stride * pitch, token, channel)
+            tl.store(target + spots, by_steps.to(grad_delta.dtype.element_ty), mask=mask)
         else:
+            right = tl.where(column[None, :] == S, 1.0, 0.0) + tl.zeros((T, MP), tl.float32)
             sums = tl.dot(by_steps, wide, sums, input_precision=TOKEN_PRECISION)
             right += _sources(source, start, onward, token, channel, real, d, R, MP, WHOLE).to(tl.float32)
+            parameters = tl.dot(tl.trans(by_steps), right, parameters, input_precision=WEIGHT_PRECISION)
         spots = _spots(row * (K * M) + k * M, row_stride * (K * M), token, column)
         tl.store(
             token_parts + (block * images + image) * (H * W) * (K * M) + spots,
             sums,
             mask=real[:, None] & (column < M)[None, :],
         )
-        parameters = tl.dot(tl.trans(by_steps), right, parameters, input_precision=WEIGHT_PRECISION)
     parts = parameter_parts + k * d * P
     inside = channel < d
-    spots = channel[:, None] * P + column[None, :]
-    tl.store(parts + spots, parameters, mask=inside[:, None] & (column <= R)[None, :])
-    spots = channel[None, :] * P + R + 1 + place[:, None]
+    if S == 0:
+        tl.store(parts + channel * P, by_bias, mask=inside)
+    else:
+        spots = channel[:, None] * P + column[None, :]
+        tl.store(parts + spots, parameters, mask=inside[:, None] & (column <= S)[None, :])
+    spots = channel[None, :] * P + S + 1 + place[:, None]
     tl.store(parts + spots, rates, mask=inside[None, :] & (place < N)[:, None])
-    tl.store(parts + channel * P + R + 1 + N, by_skip, mask=inside)
+    tl.store(parts + channel * P + S + 1 + N, by_skip, mask=inside)
 
 
 @triton.jit(do_not_specialize=[
@@ -524,14 +535,15 @@ def gradients(
     H, W, d, stored, images,
     x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
     FORTH: tl.constexpr, BACK: tl.constexpr, COLUMNS: tl.constexpr, CONTINUOUS: tl.constexpr,
-    K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, MP: tl.constexpr,
-    T: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr,
-    TOKEN_PRECISION: tl.constexpr, WEIGHT_PRECISION: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, S: tl.constexpr,
+    MP: tl.constexpr, T: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr,
+    ROUTED: tl.constexpr, TOKEN_PRECISION: tl.constexpr, WEIGHT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients through a route and its reverse: that of x, and parts of those of all else.
 
-    Of sums over channels each block leaves its part, (blocks, B, L, K, R + 2 N), and of sums over tokens each program,
-    (programs, K, d, R + N + 2). A program takes its tiles by one route and then by the other, which finds them in the
+    Of sums over channels each block leaves its part, (blocks, B, L, K, S + 2 N), and of sums over tokens each program,
+    (programs, K, d, S + N + 2). Where S is 0, gradients of the steps go to `grad_delta`: (B, L, K, d), or (K, B, L, d)
+    if they were projected. A program takes its tiles by one route and then by the other, which finds them in the
     cache: the sums of both do not fit into registers. What it has of x's gradient `between` them, and between launches,
     is float32; None if that gradient itself is.
     """
@@ -543,7 +555,7 @@ def gradients(
     tiles = H * W // length * pieces
     each = tl.cdiv(images * tiles, programs)
     begin, end = program * each, tl.minimum(program * each + each, images * tiles)
-    parts = parameter_parts + program.to(tl.int64) * (K * (R + N + 2)) * d
+    parts = parameter_parts + program.to(tl.int64) * (K * (S + N + 2)) * d
     middle = grad_x
     if between is not None:
         middle = between
@@ -553,7 +565,7 @@ def gradients(
             earlier, middle if BACK >= 0 else grad_x, grad_delta, token_parts, parts,
             block, channel, begin, end, tiles, H, W, d, stored, images,
             x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
-            FORTH, K, N, NP, R, RP, MP, T, C, WHOLE, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, False,
+            FORTH, K, N, NP, R, RP, S, MP, T, C, WHOLE, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, False,
             TOKEN_PRECISION, WEIGHT_PRECISION,
         )  # fmt: skip
     if FORTH >= 0 and BACK >= 0:
@@ -564,6 +576,6 @@ def gradients(
             middle if FORTH >= 0 else earlier, grad_x, grad_delta, token_parts, parts,
             block, channel, begin, end, tiles, H, W, d, stored, images,
             x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
-            BACK, K, N, NP, R, RP, MP, T, C, WHOLE, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, True,
+            BACK, K, N, NP, R, RP, S, MP, T, C, WHOLE, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, True,
             TOKEN_PRECISION, WEIGHT_PRECISION,
         )  # fmt: skip

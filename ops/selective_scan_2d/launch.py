@@ -67,6 +67,7 @@ class _Call:
         self.images, self.H, self.W, self.d = x.shape
         self.N, self.K = int(A.shape[-1]), len(self.codes)
         self.R = 0 if weight is None else int(weight.shape[-1])
+        self.summed = self.R if tiles.summed_within(self.R, self.N) else 0
         self.states = tiles.states(int(self.d))
         self.stored = tiles.stored(self.codes, self.H, self.W, self.states.tokens)
         self.constants = {
@@ -164,14 +165,16 @@ def backward(grad_out: Tensor, states: Tensor, *arguments: Any) -> tuple[Tensor,
     call = _Call(arguments)
     x, grad_out = call.x.data, grad_out.contiguous()
     tile = tiles.gradients(int(call.d))
-    programs, blocks, M = call.programs(tile), call.blocks(tile), call.R + 2 * call.N
+    programs, blocks, M = call.programs(tile), call.blocks(tile), call.summed + 2 * call.N
     pixels = (call.images, call.H, call.W)
     grad_x = x.new_empty(x.shape)
-    grad_delta = None
+    grad_delta, delta = None, arguments[1]
     if call.weight is None:
-        grad_delta = arguments[1].new_empty((*pixels, call.K, call.d))
+        grad_delta = delta.new_empty((*pixels, call.K, call.d))
+    elif not call.summed:
+        grad_delta = delta.new_empty((call.K, *pixels, call.d), dtype=_factors(delta, call.weight))
     token_parts = x.new_empty((blocks, *pixels, call.K, M), dtype=torch.float32)
-    parameter_parts = x.new_empty((programs, call.K, call.d, call.R + call.N + 2), dtype=torch.float32)
+    parameter_parts = x.new_empty((programs, call.K, call.d, call.summed + call.N + 2), dtype=torch.float32)
     with gpu.on(x.device):
         adjoints = _states(call, _pitched(grad_out), call.C, None, adjoint=True)
         groups = list(call.groups())
@@ -216,7 +219,7 @@ def _gradients(
         call.direction_B, states, adjoints, earlier, between, grad_x, grad_delta, token_parts, parameter_parts,
         *call.sizes, call.images, *call.x.strides, *call.delta.strides, *call.B.strides,
         FORTH=forth, BACK=back, COLUMNS=order & COLUMNS != 0, CONTINUOUS=order & CONTINUOUS != 0,
-        NP=tiles.power_of_two(call.N, 1), MP=tiles.power_of_two(call.R + 2 * call.N), **call.block(tile),
+        NP=tiles.power_of_two(call.N, 1), S=call.summed, MP=tiles.power_of_two(call.summed + 2 * call.N), **call.block(tile),
         TOKEN_PRECISION=precision(call.delta.data, call.B.data, call.C.data),
         WEIGHT_PRECISION=precision(weight, call.bias), **call.constants,
     )  # fmt: skip
@@ -232,24 +235,47 @@ def _assembled(
 ) -> tuple[Tensor, ...]:
     """Gradients in the order and dtypes of their tensors from sums over channels, and from those over tokens."""
     _, delta, A, B, C, D, weight, bias, direction_B, *_ = arguments
-    R, N = call.R, call.N
+    S, N = call.summed, call.N
 
     def part(tensor: Tensor | None, total: Tensor) -> Tensor:
         return grad_x.new_empty(0) if tensor is None else total.to(tensor.dtype, copy=True)
 
-    by_delta = part(delta, tokens[..., :R]) if grad_delta is None else grad_delta
-    by_direction = None if direction_B is None else _by_direction(call, tokens[..., R : R + N], arguments[-2])
+    by_delta, by_weight = grad_delta, parameters[..., :S]
+    if grad_delta is None:
+        by_delta = part(delta, tokens[..., :S])
+    elif weight is not None:
+        by_delta, by_weight = _projected(grad_delta, delta, weight)
+    by_direction = None if direction_B is None else _by_direction(call, tokens[..., S : S + N], arguments[-2])
     return (
         grad_x,
         by_delta,
-        part(A, parameters[..., R + 1 : R + 1 + N]),
-        part(B, tokens[..., R : R + N]),
-        part(C, tokens[..., R + N :]),
-        part(D, parameters[..., R + 1 + N]),
-        part(weight, parameters[..., :R]),
-        part(bias, parameters[..., R]),
+        part(A, parameters[..., S + 1 : S + 1 + N]),
+        part(B, tokens[..., S : S + N]),
+        part(C, tokens[..., S + N :]),
+        part(D, parameters[..., S + 1 + N]),
+        part(weight, by_weight),
+        part(bias, parameters[..., S]),
         part(direction_B, tokens if by_direction is None else by_direction),
     )
+
+
+def _factors(delta: Tensor, weight: Tensor) -> torch.dtype:
+    """Dtype in which gradients of steps are multiplied: only bfloat16 has the range for them, and only it is exact
+    enough if all else is."""
+    return torch.bfloat16 if delta.dtype == weight.dtype == torch.bfloat16 else torch.float32
+
+
+def _projected(grad_steps: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of what steps are projected from, and of the weights, (K, d, R), from those of steps, (K, B, H, W, d).
+
+    The sum over tokens is taken image by image, which gives matrix units more to do at a time.
+    """
+    K, images, H, W, d = grad_steps.shape
+    numbers = delta.to(grad_steps.dtype).permute(3, 0, 1, 2, 4).reshape(K * images, H * W, -1)
+    by_delta = torch.bmm(grad_steps.flatten(1, 3), weight.to(grad_steps.dtype)).view(K, images, H, W, -1)
+    by_weight = torch.bmm(grad_steps.view(K * images, H * W, d).mT, numbers).view(K, images, d, -1)
+    by_delta = delta.new_empty(delta.shape).copy_(by_delta.permute(1, 2, 3, 0, 4))
+    return by_delta, by_weight.sum(1, dtype=torch.float32)
 
 
 def _by_direction(call: _Call, grad_B: Tensor, routed: bool) -> Tensor:

@@ -49,6 +49,15 @@ def gradients(d: int) -> Tile:
     return Tile(16, _channels(d), per_sm=16)
 
 
+def summed_within(rank: int, states: int) -> bool:
+    """Whether the kernel of gradients takes those of steps back through their projection.
+
+    As long as the sums over channels fit into one column of products. Wider ones do not fit into registers beside a
+    tile; then torch multiplies what the kernel leaves.
+    """
+    return rank + 2 * states <= 16
+
+
 def stored(codes: Sequence[int], H: int, W: int, tokens: int) -> int:
     """Tiles of the order that has the most of them: rows one after the other are one line, all else are lines apart."""
     counts = []
