@@ -69,13 +69,14 @@ class _Call:
         self.R = 0 if weight is None else int(weight.shape[-1])
         self.summed = self.R if tiles.summed_within(self.R, self.N) else 0
         self.states = tiles.states(int(self.d))
-        self.stored = tiles.stored(self.codes, self.H, self.W, self.states.tokens)
+        self.tiles = tiles.count(self.H, self.W, self.states.tokens)
         self.constants = {
             "K": self.K,
             "N": self.N,
             "R": self.R,
             "RP": tiles.power_of_two(max(1, self.R)),
             "T": self.states.tokens,
+            "WHOLE_TILES": int(self.H) * int(self.W) % self.states.tokens == 0,
             "SOFTPLUS": softplus,
             "ROUTED": routed,
             "num_warps": 1,
@@ -84,7 +85,7 @@ class _Call:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return self.H, self.W, self.d, self.stored
+        return self.H, self.W, self.d, self.tiles
 
     def blocks(self, tile: tiles.Tile) -> int:
         return -(-self.d // tile.channels)
@@ -96,7 +97,7 @@ class _Call:
     def programs(self, tile: tiles.Tile) -> int:
         """Programs for each block of channels, of the kernels that take tiles in turn."""
         enough = tile.per_sm * gpu.multiprocessors(self.x.data.device) // self.blocks(tile)
-        return min(self.images * self.stored, max(1, enough))
+        return min(self.images * self.tiles, max(1, enough))
 
     def groups(self) -> Iterator[tuple[int, int, int]]:
         """Launches: a route, its reverse (-1 where there is none), and the code of their order."""
@@ -112,6 +113,9 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, dtype = _Call(arguments), arguments[-1]
     x = call.x.data
     out = x.new_empty(x.shape, dtype=dtype)
+    tile = tiles.walks(int(call.d))
+    if tiles.walked(call.images * call.blocks(tile), call.N, gpu.multiprocessors(x.device)):
+        return out, _walks(call, tile, out)
     with gpu.on(x.device):
         states = _states(call, call.x, call.B, call.direction_B, adjoint=False)
         groups = list(call.groups())
@@ -123,14 +127,32 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out, states
 
 
+def _walks(call: _Call, tile: tiles.Tile, out: Tensor) -> Tensor:
+    """Writes the merged map, and gives the states before tiles."""
+    states = out.new_empty((call.images, call.K, call.tiles, call.N, call.d), dtype=torch.float32)
+    between = None
+    if out.dtype != torch.float32 and call.K > 1:
+        between = torch.empty_like(out, dtype=torch.float32)
+    codes = sum(code << 3 * k for k, code in enumerate(call.codes))
+    constants = {name: value for name, value in call.constants.items() if name != "N"}
+    with gpu.on(out.device):
+        launchable(kernels.walks)[(call.images * call.blocks(tile),)](
+            call.x.data, call.delta.data, call.weight, call.bias, call.A, call.B.data, call.C.data, call.D,
+            call.direction_B, states, between, out,
+            *call.sizes, *call.x.strides, *call.delta.strides, *call.B.strides,
+            CODES=codes, **call.block(tile), **constants,
+        )  # fmt: skip
+    return states
+
+
 def _states(call: _Call, x: _Map, B: _Map, direction_B: Tensor | None, adjoint: bool) -> Tensor:
     """States before tiles, (B, K, tiles, N, d), or with `adjoint` those of their gradients."""
     device, tile = x.data.device, call.states
-    out = x.data.new_empty((call.images, call.K, call.stored, call.N, call.d), dtype=torch.float32)
+    out = x.data.new_empty((call.images, call.K, call.tiles, call.N, call.d), dtype=torch.float32)
     if not call.images:
         return out
     sequences = call.images * call.K * call.N * call.blocks(tile)
-    segments = tiles.segments(sequences, call.stored, tile.per_sm * gpu.multiprocessors(device))
+    segments = tiles.segments(sequences, call.tiles, tile.per_sm * gpu.multiprocessors(device))
     ends: tuple[Tensor | None, Tensor | None] = None, None
     if segments > 1:
         shape = (call.images, call.K, segments, call.N, call.d)
@@ -140,7 +162,7 @@ def _states(call: _Call, x: _Map, B: _Map, direction_B: Tensor | None, adjoint: 
         launchable(kernels.states)[(sequences * segments,)](
             x.data, call.delta.data, call.weight, call.bias, call.A, B.data, direction_B, *ends, out,
             *call.sizes, segments, *x.strides, *call.delta.strides, *B.strides,
-            CODES=codes, CONTINUOUS=any(code & CONTINUOUS for code in call.codes), ADJOINT=adjoint, AGGREGATE=aggregate,
+            CODES=codes, ADJOINT=adjoint, AGGREGATE=aggregate,
             **call.block(tile), **call.constants,
         )  # fmt: skip
     return out
@@ -221,7 +243,7 @@ def _gradients(
         FORTH=forth, BACK=back, COLUMNS=order & COLUMNS != 0, CONTINUOUS=order & CONTINUOUS != 0,
         NP=tiles.power_of_two(call.N, 1), S=call.summed, MP=tiles.power_of_two(call.summed + 2 * call.N), **call.block(tile),
         TOKEN_PRECISION=precision(call.delta.data, call.B.data, call.C.data),
-        WEIGHT_PRECISION=precision(weight, call.bias), **call.constants,
+        WEIGHT_PRECISION=precision(weight), **call.constants,
     )  # fmt: skip
 
 
