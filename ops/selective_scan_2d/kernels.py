@@ -524,7 +524,8 @@ def _route_gradients(
     x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
     k: tl.constexpr, K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     S: tl.constexpr, MP: tl.constexpr, T: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
-    WHOLE_TILES: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr, COLUMNS: tl.constexpr, CONTINUOUS: tl.constexpr, BACKWARDS: tl.constexpr,
+    WHOLE_TILES: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr, COLUMNS: tl.constexpr,
+    CONTINUOUS: tl.constexpr, BACKWARDS: tl.constexpr,
     TOKEN_PRECISION: tl.constexpr, WEIGHT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of some tiles through one route: adds that of x to an earlier one, and leaves parts of all others.

@@ -241,8 +241,8 @@ def _gradients(
         call.direction_B, states, adjoints, earlier, between, grad_x, grad_delta, token_parts, parameter_parts,
         *call.sizes, call.images, *call.x.strides, *call.delta.strides, *call.B.strides,
         FORTH=forth, BACK=back, COLUMNS=order & COLUMNS != 0, CONTINUOUS=order & CONTINUOUS != 0,
-        NP=tiles.power_of_two(call.N, 1), S=call.summed, MP=tiles.power_of_two(call.summed + 2 * call.N), **call.block(tile),
-        TOKEN_PRECISION=precision(call.delta.data, call.B.data, call.C.data),
+        NP=tiles.power_of_two(call.N, 1), S=call.summed, MP=tiles.power_of_two(call.summed + 2 * call.N),
+        **call.block(tile), TOKEN_PRECISION=precision(call.delta.data, call.B.data, call.C.data),
         WEIGHT_PRECISION=precision(weight), **call.constants,
     )  # fmt: skip
 
