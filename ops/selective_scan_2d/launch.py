@@ -262,10 +262,12 @@ def _assembled(
     def part(tensor: Tensor | None, total: Tensor) -> Tensor:
         return grad_x.new_empty(0) if tensor is None else total.to(tensor.dtype, copy=True)
 
-    by_delta, by_weight = grad_delta, parameters[..., :S]
+    by_weight = parameters[..., :S]
     if grad_delta is None:
         by_delta = part(delta, tokens[..., :S])
-    elif weight is not None:
+    elif weight is None:
+        by_delta = grad_delta
+    else:
         by_delta, by_weight = _projected(grad_delta, delta, weight)
     by_direction = None if direction_B is None else _by_direction(call, tokens[..., S : S + N], arguments[-2])
     return (
@@ -293,9 +295,10 @@ def _projected(grad_steps: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tenso
     The sum over tokens is taken image by image, which gives matrix units more to do at a time.
     """
     K, images, H, W, d = grad_steps.shape
-    numbers = delta.to(grad_steps.dtype).permute(3, 0, 1, 2, 4).reshape(K * images, H * W, -1)
-    by_delta = torch.bmm(grad_steps.flatten(1, 3), weight.to(grad_steps.dtype)).view(K, images, H, W, -1)
-    by_weight = torch.bmm(grad_steps.view(K * images, H * W, d).mT, numbers).view(K, images, d, -1)
+    R = weight.shape[-1]
+    numbers = delta.to(grad_steps.dtype).permute(3, 0, 1, 2, 4).reshape(K * images, H * W, R)
+    by_delta = torch.bmm(grad_steps.flatten(1, 3), weight.to(grad_steps.dtype)).view(K, images, H, W, R)
+    by_weight = torch.bmm(grad_steps.view(K * images, H * W, d).mT, numbers).view(K, images, d, R)
     by_delta = delta.new_empty(delta.shape).copy_(by_delta.permute(1, 2, 3, 0, 4))
     return by_delta, by_weight.sum(1, dtype=torch.float32)
 
