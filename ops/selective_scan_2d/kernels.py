@@ -393,18 +393,19 @@ def outputs(
         values = _tile(x + image * x_image, pixel * x_pixel, channel, d, WHOLE).to(tl.float32)
         whole = image * (H * W) * d
         source, inputs, reads = delta + image * delta_image, B + image * B_image, Cm + image * B_image
-        before = states + (image * K * tiles + tile) * N * d
         # All that a tile needs is asked for at once.
         if FORTH >= 0:
+            before_forth = states + ((image * K + FORTH) * tiles + tile) * N * d
             from_forth = _sources(source + FORTH * delta_route, row * delta_pixel, channel, d, R, RP, WHOLE)
             forth_drives, forth_reads, forth_state = _given(
-                inputs + FORTH * B_route, reads + FORTH * B_route, direction_B, before + FORTH * tiles * N * d, 0,
+                inputs + FORTH * B_route, reads + FORTH * B_route, direction_B, before_forth, 0,
                 row, real, line, place, channel, H, W, d, B_pixel, N, COLUMNS, False,
             )  # fmt: skip
         if BACK >= 0:
+            before_back = states + ((image * K + BACK) * tiles + tile) * N * d
             from_back = _sources(source + BACK * delta_route, back_row * delta_pixel, channel, d, R, RP, WHOLE)
             back_drives, back_reads, back_state = _given(
-                inputs + BACK * B_route, reads + BACK * B_route, direction_B, before + BACK * tiles * N * d, 0,
+                inputs + BACK * B_route, reads + BACK * B_route, direction_B, before_back, 0,
                 back_row, real, line, place, channel, H, W, d, B_pixel, N, COLUMNS, True,
             )  # fmt: skip
         y = skip[None, :] * values
@@ -414,13 +415,13 @@ def outputs(
             y = _route_output(
                 y, values, from_forth, forth_drives, forth_reads, forth_state, row, real, line, place,
                 forth_projection, forth_shift, A, inputs + FORTH * B_route, reads + FORTH * B_route, direction_B,
-                before + FORTH * tiles * N * d, channel, H, W, d, B_pixel, FORTH, N, R, T, C, SOFTPLUS, COLUMNS, False,
+                before_forth, channel, H, W, d, B_pixel, FORTH, N, R, T, C, SOFTPLUS, COLUMNS, False,
             )  # fmt: skip
         if BACK >= 0:
             y = _route_output(
                 y, values, from_back, back_drives, back_reads, back_state, back_row, real, line, place,
                 back_projection, back_shift, A, inputs + BACK * B_route, reads + BACK * B_route, direction_B,
-                before + BACK * tiles * N * d, channel, H, W, d, B_pixel, BACK, N, R, T, C, SOFTPLUS, COLUMNS, True,
+                before_back, channel, H, W, d, B_pixel, BACK, N, R, T, C, SOFTPLUS, COLUMNS, True,
             )  # fmt: skip
         mask = _mask(real, channel, d, WHOLE)
         tl.store(_spots(out + whole, pixel * d, channel), y.to(out.dtype.element_ty), mask=mask)
