@@ -3,7 +3,8 @@
 python benchmarks/tune_selective_scan_2d.py [--shapes 0 1 2 3] [--states 1] [--tokens 16 32]
 
 For each number of tokens of a tile, which all kernels share, the kernels are swept one after the other, each with the
-best of those before it: states and outputs with the time of forward, gradients with that of forward and backward.
+best of those before it: states and outputs, and walks, their alternative for one state, with the time of forward;
+gradients with that of forward and backward. Which of the alternatives `tiles.walked` takes is printed first.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def inputs(shape: tuple[int, ...], states: int) -> tuple[object, ...]:
 def sweep(name: str, run: Callable[[], object], tokens: int, d: int) -> float:
     """Prints the best launch parameters of one kernel with their times, and sets the best."""
     results = []
-    for channels, per_sm in itertools.product(CHANNELS, PER_SM):
+    for channels, per_sm in itertools.product(CHANNELS, PER_SM if name != "walks" else (4,)):
         if -(-d // channels) * channels * 3 > 4 * d:  # more than a third of the channels beyond the last one
             continue
         tile = Tile(tokens, channels, per_sm)
@@ -72,7 +73,8 @@ def main() -> None:
     parser.add_argument("--states", type=int, default=1, help="states of a channel")
     parser.add_argument("--tokens", nargs="*", type=int, default=[16, 32], help="tokens of a tile")
     options = parser.parse_args()
-    default = {name: getattr(tiles, name) for name in ("states", "outputs", "gradients")}
+    default = {name: getattr(tiles, name) for name in ("states", "outputs", "walks", "gradients", "walked")}
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
     for shape in (SHAPES[place] for place in options.shapes):
         arguments = inputs(shape, options.states)
         incoming = torch.randn(shape[:4], device="cuda")
@@ -85,13 +87,18 @@ def main() -> None:
 
         for name, function in default.items():
             setattr(tiles, name, function)
-        print(f"\n{shape}, at present: forward {do_bench(forward, return_mode='median'):.4f} ms, ", end="")
+        chosen = tiles.walked(shape[0] * -(-shape[3] // tiles.walks(shape[3]).channels), options.states, sms)
+        print(f"\n{shape}, {'walks' if chosen else 'states and outputs'}, at present: forward ", end="")
+        print(f"{do_bench(forward, return_mode='median'):.4f} ms, ", end="")
         print(f"with backward {do_bench(both, return_mode='median'):.4f} ms")
         for tokens in options.tokens:
             for name, function in default.items():
                 setattr(tiles, name, function)
-            for name, run in (("states", forward), ("outputs", forward), ("gradients", both)):
-                sweep(name, run, tokens, shape[3])
+            runs = {"states": forward, "outputs": forward, "walks": forward, "gradients": both}
+            for name in runs if options.states == 1 else ("states", "outputs", "gradients"):
+                walked = chosen if name == "gradients" else name == "walks"
+                tiles.walked = lambda *_, walked=walked: walked
+                sweep(name, runs[name], tokens, shape[3])
 
 
 if __name__ == "__main__":

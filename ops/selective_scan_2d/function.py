@@ -128,7 +128,7 @@ def _forward_like(
 ) -> tuple[Tensor, Tensor]:
     """Output, and the states before tiles."""
     images, H, W, d = x.shape
-    count = tiles.stored(routes, H, W, tiles.states(int(d)).tokens)
+    count = tiles.count(H, W, tiles.states(int(d)).tokens)
     states = x.new_empty((images, len(routes), count, A.shape[-1], d), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=dtype), states
 

@@ -3,9 +3,10 @@
 Letters: T tokens of a tile, C channels of a block, N states, K routes, R numbers from which a step is projected.
 
 A program is one warp whose lanes are channels: a thread holds all tokens of a tile for its channels, so that scanning
-is arithmetic within a thread. An order cuts the map into lines, rows one after the other being one line; lines are cut
-into tiles, of which the last of a line may be short. Both ways along an order share its tiles. Tokens beyond a line
-have steps of zero, with which a state passes them unchanged.
+is arithmetic within a thread. An order of the pixels is one sequence, cut into tiles, of which the last may be short
+unless WHOLE_TILES. Both ways along an order share its tiles. Tokens beyond the end repeat the last one, but their B and
+C are zero: whatever comes from the end meets them with a state of zero, which they leave as it is, and whatever else
+reaches them goes nowhere.
 """
 
 from __future__ import annotations
@@ -49,40 +50,44 @@ def _softplus(v):
 
 
 @triton.jit
-def _lines(H, W, columns, continuous, T: tl.constexpr):
-    """How an order cuts the map: the length of a line, and the tiles of a line."""
-    length = tl.where(columns, H, tl.where(continuous, W, H * W))
-    return length, tl.cdiv(length, T)
+def _spread(values):
+    """One number for each token, loaded once. Without the scan, which changes nothing, each thread would load all."""
+    return tl.associative_scan(values, 0, _later)
 
 
 @triton.jit
 def _places(
     tile, token, H, W, columns, continuous, backwards,
-    T: tl.constexpr, CONTINUOUS: tl.constexpr, ROUTED: tl.constexpr,
+    T: tl.constexpr, WHOLE_TILES: tl.constexpr, STRAIGHT: tl.constexpr, ROUTED: tl.constexpr,
 ):  # fmt: skip
-    """Where a tile lies.
+    """Where the tokens of a tile lie.
 
     Returns:
-        Pixel of its first token, and the distance to the next; the same for its parameters; which tokens there are,
-        (T,); and the line and the place in it.
+        Their pixels and those of their parameters, which of them there are, and their lines (rows or columns) and
+        places in these: all (T,). Only pixels are known to all threads at once. STRAIGHT: rows, one after the other.
     """
-    length, pieces = _lines(H, W, columns, continuous, T)
-    along, across = tl.where(columns, W, 1), tl.where(columns, 1, W)
-    line = (tile.to(tl.uint32) // pieces.to(tl.uint32)).to(tl.int32)
-    first = (tile - line * pieces) * T
-    # The shift gives zero. It hides that the stride is always the same, or else all multiples of it would be kept in
-    # registers, one for each token, where a multiplication is as cheap as an addition.
-    pixel, stride = line * across + first * along, along + (line >> 31)
-    if CONTINUOUS:
-        turned = continuous & (line % 2 == 1)
-        pixel = tl.where(turned, line * across + (length - 1 - first) * along, pixel)
-        stride = tl.where(turned, -along, along)
-    row, row_stride = pixel, stride
+    step = tile * T + token
+    if WHOLE_TILES:
+        real = tl.full((T,), 1, tl.int1)
+    else:
+        real = step < H * W
+        step = tl.minimum(step, H * W - 1)
+    length = tl.where(columns, H, W)
+    line = (step.to(tl.uint32) // length.to(tl.uint32)).to(tl.int32)
+    place = step - line * length
+    if STRAIGHT:
+        # The shift gives zero. It hides that the stride is always the same, or else all multiples of it would be kept
+        # in registers, one for each token, where a multiplication is as cheap as an addition.
+        pixel = tile * T + token * (1 + (tile >> 31))
+        if not WHOLE_TILES:
+            pixel = tl.minimum(pixel, H * W - 1)
+    else:
+        turned = tl.where(continuous & (line % 2 == 1), length - 1 - place, place)
+        pixel = _spread(tl.where(columns, turned * W + line, line * W + turned))
+    row = pixel
     if not ROUTED:
-        step = line * length + first
         row = tl.where(backwards, H * W - 1 - step, step)
-        row_stride = tl.where(backwards, -1, 1)
-    return pixel, stride, row, row_stride, first + token < length, line, first
+    return pixel, row, real, line, place
 
 
 @triton.jit
@@ -115,16 +120,16 @@ def _mask(real, channel, d, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _spots(start, stride, token, channel):
-    """Where the numbers of a tile are in an image: 32 bits, so that a thread keeps few addresses."""
-    return (start + channel)[None, :] + (token * stride)[:, None]
+def _spots(pointer, offset, channel):
+    """Where the numbers of a tile are: a token's offset in 32 bits, so that an address is one instruction."""
+    return (pointer + channel)[None, :] + offset[:, None]
 
 
 @triton.jit
-def _tile(pointer, start, stride, token, channel, real, d, WHOLE: tl.constexpr):
+def _tile(pointer, offset, channel, d, WHOLE: tl.constexpr):
     """Numbers of a tile of tokens and channels."""
-    where = _spots(start, stride, token, channel)
-    return tl.load(pointer + where, mask=_mask(real, channel, d, WHOLE), other=0.0)
+    mask = _mask(tl.full(offset.shape, 1, tl.int1), channel, d, WHOLE)
+    return tl.load(_spots(pointer, offset, channel), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -154,14 +159,13 @@ def _constants(weight, bias, D, k, channel, d, R: tl.constexpr, RP: tl.constexpr
 
 
 @triton.jit
-def _sources(delta, start, stride, token, channel, real, d, R: tl.constexpr, RP: tl.constexpr, WHOLE: tl.constexpr):
+def _sources(delta, offset, channel, d, R: tl.constexpr, RP: tl.constexpr, WHOLE: tl.constexpr):
     """What the steps of a tile are made from: (T, RP) numbers to project, or (T, C) steps if R is 0."""
     if R == 0:
-        numbers = _tile(delta, start, stride, token, channel, real, d, WHOLE)
+        numbers = _tile(delta, offset, channel, d, WHOLE)
     else:
         column = tl.arange(0, RP)
-        mask = real[:, None] & (column < R)[None, :]
-        numbers = tl.load(delta + _spots(start, stride, token, column), mask=mask, other=0.0)
+        numbers = tl.load(_spots(delta, offset, column), mask=(column < R)[None, :], other=0.0)
     return numbers
 
 
@@ -176,7 +180,7 @@ def _product(a, b, acc):
 
 
 @triton.jit
-def _steps(sources, projection, bias, real, R: tl.constexpr, T: tl.constexpr, C: tl.constexpr, SOFTPLUS: tl.constexpr):
+def _steps(sources, projection, bias, R: tl.constexpr, T: tl.constexpr, C: tl.constexpr, SOFTPLUS: tl.constexpr):
     """Steps of a tile, and what softplus was taken of.
 
     A product leaves tokens in many threads. A scan that changes nothing brings those of a channel together, once, so
@@ -190,23 +194,17 @@ def _steps(sources, projection, bias, real, R: tl.constexpr, T: tl.constexpr, C:
     steps = v
     if SOFTPLUS:
         steps = _softplus(v)
-    return tl.where(real[:, None], steps, 0.0), v
+    return steps, v
 
 
 @triton.jit
-def _spread(values):
-    """One number for each token, loaded once. Without the scan, which changes nothing, each thread would load all."""
-    return tl.associative_scan(values, 0, _later)
-
-
-@triton.jit
-def _drive_map(B, direction_B, n, offset, real, token, line, first, H, W, columns, backwards, N: tl.constexpr):
-    """B of a tile for one state, with what the directions of the route add."""
+def _drive(B, direction_B, n, offset, real, line, place, H, W, columns, backwards, N: tl.constexpr):
+    """B of a tile for one state, with what the directions of the route add; to be spread."""
     values = tl.load(B + offset + n, mask=real, other=0.0).to(tl.float32)
     if direction_B is not None:
-        direction = _direction(line, first + token, H, W, columns, backwards)
+        direction = _direction(line, place, H, W, columns, backwards)
         values += tl.load(direction_B + direction * N + n, mask=real, other=0.0).to(tl.float32)
-    return _spread(values)
+    return values
 
 
 @triton.jit
@@ -214,32 +212,31 @@ def _read(
     x, delta, B, direction_B, n, tile, token, channel, H, W, d, x_pixel, delta_pixel, B_pixel,
     columns, continuous, backwards,
     N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr,
-    CONTINUOUS: tl.constexpr, ROUTED: tl.constexpr,
+    WHOLE_TILES: tl.constexpr, ROUTED: tl.constexpr,
 ):  # fmt: skip
-    """x, sources of the steps, and B of a tile, and which of its tokens there are."""
-    pixel, stride, row, row_stride, real, line, first = _places(
-        tile, token, H, W, columns, continuous, backwards, T, CONTINUOUS, ROUTED
+    """x, sources of the steps, and B of a tile, the last to be spread."""
+    pixel, row, real, line, place = _places(
+        tile, token, H, W, columns, continuous, backwards, T, WHOLE_TILES, False, ROUTED
     )
-    values = _tile(x, pixel * x_pixel, stride * x_pixel, token, channel, real, d, WHOLE)
-    sources = _sources(delta, row * delta_pixel, row_stride * delta_pixel, token, channel, real, d, R, RP, WHOLE)
-    offset = row * B_pixel + token * (row_stride * B_pixel)
-    map = _drive_map(B, direction_B, n, offset, real, token, line, first, H, W, columns, backwards, N)
-    return values.to(tl.float32), sources, map, real
+    values = _tile(x, pixel * x_pixel, channel, d, WHOLE)
+    sources = _sources(delta, row * delta_pixel, channel, d, R, RP, WHOLE)
+    drive = _drive(B, direction_B, n, row * B_pixel, real, line, place, H, W, columns, backwards, N)
+    return values, sources, drive
 
 
 @triton.jit(do_not_specialize=[
-    "H", "W", "d", "stored", "segments", "x_image", "x_pixel", "delta_image", "delta_pixel", "delta_route",
+    "H", "W", "d", "tiles", "segments", "x_image", "x_pixel", "delta_image", "delta_pixel", "delta_route",
     "B_image", "B_pixel", "B_route",
 ])  # fmt: skip
 def states(
     x, delta, weight, bias, A, B, direction_B, total_steps, ends, out,
-    H, W, d, stored, segments,
+    H, W, d, tiles, segments,
     x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
-    CODES: tl.constexpr, CONTINUOUS: tl.constexpr, K: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
-    RP: tl.constexpr, T: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr,
-    ROUTED: tl.constexpr, ADJOINT: tl.constexpr, AGGREGATE: tl.constexpr,
+    CODES: tl.constexpr, K: tl.constexpr, N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, T: tl.constexpr,
+    C: tl.constexpr, WHOLE: tl.constexpr, WHOLE_TILES: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr,
+    ADJOINT: tl.constexpr, AGGREGATE: tl.constexpr,
 ):  # fmt: skip
-    """State of each route before each of its tiles, (B, K, stored, N, d), or with ADJOINT that of its gradient.
+    """State of each route before each of its tiles, (B, K, tiles, N, d), or with ADJOINT that of its gradient.
 
     The gradient's state runs against the route and is driven by C and the gradient of the output (in the places of B
     and x). A sequence is cut into segments, one a program; with AGGREGATE each program scans its segment from zero and
@@ -257,15 +254,13 @@ def states(
     code = (CODES >> (3 * k)) & 7
     columns, backwards, continuous = code & 1 != 0, code & 2 != 0, code & 4 != 0
     against = backwards != ADJOINT
-    length, pieces = _lines(H, W, columns, continuous, T)
-    tiles = H * W // length * pieces
     x += image * x_image
     delta += image * delta_image + k * delta_route
     B += image * B_image + k * B_route
     projection, shift, _ = _constants(weight, bias, None, k, channel, d, R, RP)
     rate = _vector(A + (k * d) * N + n, channel * N, d * N) * LOG2E
     before = (image * K + k) * segments * N + n
-    out += ((image * K + k) * stored * N + n) * d
+    out += ((image * K + k) * tiles * N + n) * d
     h = tl.zeros((C,), tl.float32)
     if total_steps is not None:
         for s in range(0 if AGGREGATE else segment):
@@ -278,24 +273,28 @@ def states(
     tile = tl.where(against, tiles - 1 - begin, begin)
     onward = tl.where(against, -1, 1)
     token = tl.where(against, T - 1 - order, order)
+    values, sources, drives = _read(
+        x, delta, B, direction_B, n, tl.minimum(tl.maximum(tile, 0), tiles - 1), token, channel, H, W, d,
+        x_pixel, delta_pixel, B_pixel, columns, continuous, backwards, N, R, RP, T, WHOLE, WHOLE_TILES, ROUTED,
+    )  # fmt: skip
     for _ in range(begin, end):
-        values, sources, map, real = _read(
-            x, delta, B, direction_B, n, tile, token, channel, H, W, d, x_pixel, delta_pixel, B_pixel,
-            columns, continuous, backwards, N, R, RP, T, WHOLE, CONTINUOUS, ROUTED,
+        # The next tile is asked for before this one is scanned: there are too few programs to wait in turn.
+        next_tile = tl.minimum(tl.maximum(tile + onward, 0), tiles - 1)
+        next_values, next_sources, next_drives = _read(
+            x, delta, B, direction_B, n, next_tile, token, channel, H, W, d, x_pixel, delta_pixel, B_pixel,
+            columns, continuous, backwards, N, R, RP, T, WHOLE, WHOLE_TILES, ROUTED,
         )  # fmt: skip
         if not AGGREGATE:
             tl.store(out + tile.to(tl.int64) * (N * d) + channel, h, mask=channel < d)
-        steps = _steps(sources, projection, shift, real, R, T, C, SOFTPLUS)[0]
+        steps = _steps(sources, projection, shift, R, T, C, SOFTPLUS)[0]
         decay = tl.exp2(steps * rate[None, :])
-        drive = (decay if ADJOINT else steps) * values * map[:, None]
+        drive = (decay if ADJOINT else steps) * values.to(tl.float32) * _spread(drives)[:, None]
         drive = tl.where(order[:, None] == 0, decay * h[None, :] + drive, drive)
         h = _last(tl.associative_scan((decay, drive), 0, _combine)[1], order, T - 1)
         if AGGREGATE:
             sums += tl.sum(steps, 0)
         tile += onward
-    if not AGGREGATE and segment == segments - 1:
-        for unused in range(tiles, stored):  # another order has more tiles
-            tl.store(out + unused * N * d + channel, tl.zeros((C,), tl.float32), mask=channel < d)
+        values, sources, drives = next_values, next_sources, next_drives
     if AGGREGATE:
         where = (before + segment * N) * d + channel
         tl.store(total_steps + where, sums, mask=channel < d)
@@ -319,42 +318,51 @@ def _scanned(decay, drive, state, token, LAST: tl.constexpr, BACKWARDS: tl.const
 
 
 @triton.jit
-def _route_output(
-    y, values, delta, projection, shift, A, B, Cm, direction_B, states, tile, token, channel, image,
-    H, W, d, stored, delta_pixel, B_pixel,
-    k: tl.constexpr, K: tl.constexpr, N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, T: tl.constexpr,
-    C: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr, COLUMNS: tl.constexpr,
-    CONTINUOUS: tl.constexpr, BACKWARDS: tl.constexpr,
+def _given(
+    B, Cm, direction_B, states, n, row, real, line, place, channel, H, W, d, B_pixel,
+    N: tl.constexpr, COLUMNS: tl.constexpr, BACKWARDS: tl.constexpr,
 ):  # fmt: skip
-    """Adds what one route gives at each token of a tile, without the skip."""
-    place = _places(tile, token, H, W, COLUMNS, CONTINUOUS, BACKWARDS, T, CONTINUOUS, ROUTED)
-    row, stride, real, line, first = place[2], place[3], place[4], place[5], place[6]
-    sources = _sources(delta, row * delta_pixel, stride * delta_pixel, token, channel, real, d, R, RP, WHOLE)
-    steps = _steps(sources, projection, shift, real, R, T, C, SOFTPLUS)[0]
+    """B and C of a tile for one state, to be spread, and the state before the tile."""
+    drives = _drive(B, direction_B, n, row * B_pixel, real, line, place, H, W, COLUMNS, BACKWARDS, N)
+    reads = tl.load(Cm + row * B_pixel + n, mask=real, other=0.0).to(tl.float32)
+    return drives, reads, _vector(states + n * d, channel, d)
+
+
+@triton.jit
+def _route_output(
+    y, values, sources, drives, reads, state, row, real, line, place, projection, shift, A, B, Cm, direction_B, states,
+    channel, H, W, d, B_pixel,
+    k: tl.constexpr, N: tl.constexpr, R: tl.constexpr, T: tl.constexpr, C: tl.constexpr, SOFTPLUS: tl.constexpr,
+    COLUMNS: tl.constexpr, BACKWARDS: tl.constexpr,
+):  # fmt: skip
+    """Adds what one route gives at each token of a tile, without the skip; given is what belongs to its first state."""
+    token = tl.arange(0, T)
+    steps = _steps(sources, projection, shift, R, T, C, SOFTPLUS)[0]
     driven = steps * values
-    offset = row * B_pixel + token * (stride * B_pixel)
-    states += ((image * K + k) * stored + tile) * N * d
     for n in range(N):
         rate = _vector(A + k * d * N + n, channel * N, d * N) * LOG2E
-        map = _drive_map(B, direction_B, n, offset, real, token, line, first, H, W, COLUMNS, BACKWARDS, N)
-        read = _spread(tl.load(Cm + offset + n, mask=real, other=0.0).to(tl.float32))
-        state = _vector(states + n * d, channel, d)
-        h = _scanned(tl.exp2(steps * rate[None, :]), driven * map[:, None], state, token, T - 1, BACKWARDS)
+        map, read, before = _spread(drives), _spread(reads), state
+        if N > 1:
+            drives, reads, state = _given(
+                B, Cm, direction_B, states, tl.minimum(n + 1, N - 1), row, real, line, place, channel,
+                H, W, d, B_pixel, N, COLUMNS, BACKWARDS,
+            )  # fmt: skip
+        h = _scanned(tl.exp2(steps * rate[None, :]), driven * map[:, None], before, token, T - 1, BACKWARDS)
         y += h * read[:, None]
     return y
 
 
 @triton.jit(do_not_specialize=[
-    "H", "W", "d", "stored", "images", "x_image", "x_pixel", "delta_image", "delta_pixel", "delta_route",
+    "H", "W", "d", "tiles", "images", "x_image", "x_pixel", "delta_image", "delta_pixel", "delta_route",
     "B_image", "B_pixel", "B_route",
 ])  # fmt: skip
 def outputs(
     x, delta, weight, bias, A, B, Cm, D, direction_B, states, earlier, out,
-    H, W, d, stored, images,
+    H, W, d, tiles, images,
     x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
     FORTH: tl.constexpr, BACK: tl.constexpr, COLUMNS: tl.constexpr, CONTINUOUS: tl.constexpr,
     K: tl.constexpr, N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
-    WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr,
+    WHOLE: tl.constexpr, WHOLE_TILES: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr,
 ):  # fmt: skip
     """Adds what a route (FORTH) and its reverse (BACK) give to what earlier launches gave; -1 is no route.
 
@@ -363,9 +371,8 @@ def outputs(
     blocks = tl.cdiv(d, C)
     channel = tl.program_id(0) % blocks * C + tl.arange(0, C)
     program, programs = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
-    length, pieces = _lines(H, W, COLUMNS, CONTINUOUS, T)
-    tiles = H * W // length * pieces
     token = tl.arange(0, T)
+    STRAIGHT: tl.constexpr = not COLUMNS and not CONTINUOUS
     skip = tl.zeros((C,), tl.float32)
     if FORTH >= 0:
         forth_projection, forth_shift, forth_skip = _constants(weight, bias, D, FORTH, channel, d, R, RP)
@@ -377,30 +384,122 @@ def outputs(
     for i in range(program * each, tl.minimum(program * each + each, images * tiles)):
         image = (i // tiles).to(tl.int64)
         tile = i % tiles
-        place = _places(tile, token, H, W, COLUMNS, CONTINUOUS, False, T, CONTINUOUS, True)
-        pixel, stride, real = place[0], place[1], place[4]
-        values = _tile(x + image * x_image, pixel * x_pixel, stride * x_pixel, token, channel, real, d, WHOLE)
-        values = values.to(tl.float32)
-        y = skip[None, :] * values
+        pixel, row, real, line, place = _places(
+            tile, token, H, W, COLUMNS, CONTINUOUS, False, T, WHOLE_TILES, STRAIGHT, ROUTED
+        )
+        back_row = row
+        if not ROUTED:
+            back_row = H * W - 1 - row
+        values = _tile(x + image * x_image, pixel * x_pixel, channel, d, WHOLE).to(tl.float32)
         whole = image * (H * W) * d
+        source, inputs, reads = delta + image * delta_image, B + image * B_image, Cm + image * B_image
+        # All that a tile needs is asked for at once.
+        if FORTH >= 0:
+            before_forth = states + ((image * K + FORTH) * tiles + tile) * N * d
+            from_forth = _sources(source + FORTH * delta_route, row * delta_pixel, channel, d, R, RP, WHOLE)
+            forth_drives, forth_reads, forth_state = _given(
+                inputs + FORTH * B_route, reads + FORTH * B_route, direction_B, before_forth, 0,
+                row, real, line, place, channel, H, W, d, B_pixel, N, COLUMNS, False,
+            )  # fmt: skip
+        if BACK >= 0:
+            before_back = states + ((image * K + BACK) * tiles + tile) * N * d
+            from_back = _sources(source + BACK * delta_route, back_row * delta_pixel, channel, d, R, RP, WHOLE)
+            back_drives, back_reads, back_state = _given(
+                inputs + BACK * B_route, reads + BACK * B_route, direction_B, before_back, 0,
+                back_row, real, line, place, channel, H, W, d, B_pixel, N, COLUMNS, True,
+            )  # fmt: skip
+        y = skip[None, :] * values
         if earlier is not None:
-            y += _tile(earlier + whole, pixel * d, stride * d, token, channel, real, d, WHOLE)
+            y += _tile(earlier + whole, pixel * d, channel, d, WHOLE)
         if FORTH >= 0:
             y = _route_output(
-                y, values, delta + image * delta_image + FORTH * delta_route, forth_projection, forth_shift, A,
-                B + image * B_image + FORTH * B_route, Cm + image * B_image + FORTH * B_route, direction_B, states,
-                tile, token, channel, image, H, W, d, stored, delta_pixel, B_pixel,
-                FORTH, K, N, R, RP, T, C, WHOLE, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, False,
+                y, values, from_forth, forth_drives, forth_reads, forth_state, row, real, line, place,
+                forth_projection, forth_shift, A, inputs + FORTH * B_route, reads + FORTH * B_route, direction_B,
+                before_forth, channel, H, W, d, B_pixel, FORTH, N, R, T, C, SOFTPLUS, COLUMNS, False,
             )  # fmt: skip
         if BACK >= 0:
             y = _route_output(
-                y, values, delta + image * delta_image + BACK * delta_route, back_projection, back_shift, A,
-                B + image * B_image + BACK * B_route, Cm + image * B_image + BACK * B_route, direction_B, states,
-                tile, token, channel, image, H, W, d, stored, delta_pixel, B_pixel,
-                BACK, K, N, R, RP, T, C, WHOLE, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, True,
+                y, values, from_back, back_drives, back_reads, back_state, back_row, real, line, place,
+                back_projection, back_shift, A, inputs + BACK * B_route, reads + BACK * B_route, direction_B,
+                before_back, channel, H, W, d, B_pixel, BACK, N, R, T, C, SOFTPLUS, COLUMNS, True,
             )  # fmt: skip
-        where = _spots(pixel * d, stride * d, token, channel)
-        tl.store(out + whole + where, y.to(out.dtype.element_ty), mask=_mask(real, channel, d, WHOLE))
+        mask = _mask(real, channel, d, WHOLE)
+        tl.store(_spots(out + whole, pixel * d, channel), y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _walk(
+    x, delta, B, Cm, direction_B, states, earlier, out, projection, shift, skip, rate, channel,
+    H, W, d, tiles, x_pixel, delta_pixel, B_pixel,
+    R: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
+    WHOLE_TILES: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr, CODE: tl.constexpr,
+):  # fmt: skip
+    """One route of one state through an image: leaves states before tiles, and adds its outputs to an earlier map."""
+    COLUMNS: tl.constexpr = CODE & 1 != 0
+    BACKWARDS: tl.constexpr = CODE & 2 != 0
+    CONTINUOUS: tl.constexpr = CODE & 4 != 0
+    STRAIGHT: tl.constexpr = not COLUMNS and not CONTINUOUS
+    token = tl.arange(0, T)
+    h = tl.zeros((C,), tl.float32)
+    for i in range(tiles):
+        tile = i
+        if BACKWARDS:
+            tile = tiles - 1 - i
+        pixel, row, real, line, place = _places(
+            tile, token, H, W, COLUMNS, CONTINUOUS, BACKWARDS, T, WHOLE_TILES, STRAIGHT, ROUTED
+        )
+        values = _tile(x, pixel * x_pixel, channel, d, WHOLE).to(tl.float32)
+        sources = _sources(delta, row * delta_pixel, channel, d, R, RP, WHOLE)
+        y = skip[None, :] * values
+        if earlier is not None:
+            y += _tile(earlier, pixel * d, channel, d, WHOLE)
+        drives = _drive(B, direction_B, 0, row * B_pixel, real, line, place, H, W, COLUMNS, BACKWARDS, 1)
+        reads = tl.load(Cm + row * B_pixel, mask=real, other=0.0).to(tl.float32)
+        tl.store(states + tile * d + channel, h, mask=channel < d)
+        steps = _steps(sources, projection, shift, R, T, C, SOFTPLUS)[0]
+        at = _scanned(
+            tl.exp2(steps * rate[None, :]), steps * values * _spread(drives)[:, None], h, token, T - 1, BACKWARDS
+        )  # fmt: skip
+        h = _last(at, token, 0 if BACKWARDS else T - 1)
+        y += at * _spread(reads)[:, None]
+        mask = _mask(real, channel, d, WHOLE)
+        tl.store(_spots(out, pixel * d, channel), y.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=[
+    "H", "W", "d", "tiles", "x_image", "x_pixel", "delta_image", "delta_pixel", "delta_route",
+    "B_image", "B_pixel", "B_route",
+])  # fmt: skip
+def walks(
+    x, delta, weight, bias, A, B, Cm, D, direction_B, states, between, out,
+    H, W, d, tiles,
+    x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
+    CODES: tl.constexpr, K: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+    WHOLE: tl.constexpr, WHOLE_TILES: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr,
+):  # fmt: skip
+    """All routes of one state through an image, one after the other, in one program for each block of channels.
+
+    It computes each step once, where `states` and `outputs` do twice, and what it reads again, x and the map of the
+    routes before (`between`, or None if that is `out`), is still near.
+    """
+    blocks = tl.cdiv(d, C)
+    channel = tl.program_id(0) % blocks * C + tl.arange(0, C)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    whole = image * (H * W) * d
+    middle = out
+    if between is not None:
+        middle = between
+    for k in tl.static_range(K):
+        projection, shift, skip = _constants(weight, bias, D, k, channel, d, R, RP)
+        _walk(
+            x + image * x_image, delta + image * delta_image + k * delta_route, B + image * B_image + k * B_route,
+            Cm + image * B_image + k * B_route, direction_B, states + (image * K + k) * tiles * d,
+            middle + whole if k > 0 else None, out + whole if k == K - 1 else middle + whole,
+            projection, shift, skip, _vector(A + k * d, channel, d) * LOG2E, channel,
+            H, W, d, tiles, x_pixel, delta_pixel, B_pixel,
+            R, RP, T, C, WHOLE, WHOLE_TILES, SOFTPLUS, ROUTED, (CODES >> (3 * k)) & 7,
+        )  # fmt: skip
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -421,117 +520,133 @@ def _before(decay, drive, driver, state, token, LAST: tl.constexpr, BACKWARDS: t
 @triton.jit
 def _route_gradients(
     grad_out, x, delta, weight, bias, A, B, Cm, D, direction_B, states, adjoints, earlier, grad_x, grad_delta,
-    token_parts, parameter_parts, block, channel, begin, end, tiles,
-    H, W, d, stored, images,
+    token_parts, parameter_parts, block, channel, begin, end,
+    H, W, d, tiles, images,
     x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
     k: tl.constexpr, K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-    MP: tl.constexpr, T: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr,
-    ROUTED: tl.constexpr, COLUMNS: tl.constexpr, CONTINUOUS: tl.constexpr, BACKWARDS: tl.constexpr,
+    S: tl.constexpr, MP: tl.constexpr, T: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
+    WHOLE_TILES: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr, COLUMNS: tl.constexpr,
+    CONTINUOUS: tl.constexpr, BACKWARDS: tl.constexpr,
     TOKEN_PRECISION: tl.constexpr, WEIGHT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of some tiles through one route: adds that of x to an earlier one, and leaves parts of all others.
 
-    Sums over channels, of the gradients of what steps are projected from, of B and of C, are columns of one matrix.
+    Sums over channels, of the gradients of what steps are projected from (S columns: R, or none where steps' own
+    gradients are wanted), of B and of C, are columns of one matrix.
     """
     token, column, place = tl.arange(0, T), tl.arange(0, MP), tl.arange(0, NP)
-    M: tl.constexpr = R + 2 * N
-    P: tl.constexpr = R + N + 2
+    M: tl.constexpr = S + 2 * N
+    P: tl.constexpr = S + N + 2
+    STRAIGHT: tl.constexpr = not COLUMNS and not CONTINUOUS
+    FINE: tl.constexpr = delta.dtype.element_ty == tl.float32
     projection, shift, skip = _constants(weight, bias, D, k, channel, d, R, RP)
-    if weight is not None:
+    if S > 0:
         wide = weight + (k * d + channel)[:, None] * R + column[None, :]
         wide = tl.load(wide, mask=(channel < d)[:, None] & (column < R)[None, :], other=0.0).to(tl.float32)
     delta += k * delta_route
     B += k * B_route
     Cm += k * B_route
-    rates, by_skip = tl.zeros((NP, C), tl.float32), tl.zeros((C,), tl.float32)
-    parameters = tl.zeros((C, MP), tl.float32)
+    rates = tl.zeros((NP, C), tl.float32)
+    by_skip, by_bias = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+    if S > 0:
+        parameters = tl.zeros((C, MP), tl.float32)
     for i in range(begin, end):
         image = (i // tiles).to(tl.int64)
         tile = i % tiles
-        pixel, stride, row, row_stride, real, line, first = _places(
-            tile, token, H, W, COLUMNS, CONTINUOUS, BACKWARDS, T, CONTINUOUS, ROUTED
+        pixel, row, real, line, spot = _places(
+            tile, token, H, W, COLUMNS, CONTINUOUS, BACKWARDS, T, WHOLE_TILES, STRAIGHT, ROUTED
         )
-        values = _tile(x + image * x_image, pixel * x_pixel, stride * x_pixel, token, channel, real, d, WHOLE)
-        values = values.to(tl.float32)
-        whole, spots = image * (H * W) * d, _spots(pixel * d, stride * d, token, channel)
-        mask = _mask(real, channel, d, WHOLE)
-        grads = tl.load(grad_out + whole + spots, mask=mask, other=0.0).to(tl.float32)
+        whole, mask = image * (H * W) * d, _mask(real, channel, d, WHOLE)
+        values = _tile(x + image * x_image, pixel * x_pixel, channel, d, WHOLE).to(tl.float32)
+        grads = _tile(grad_out + whole, pixel * d, channel, d, WHOLE).to(tl.float32)
+        if not WHOLE_TILES:
+            grads = tl.where(real[:, None], grads, 0.0)
+        source = delta + image * delta_image
+        sources = _sources(source, row * delta_pixel, channel, d, R, RP, WHOLE)
+        where = ((image * K + k) * tiles + tile) * N * d
+        drives, reads, state = _given(
+            B + image * B_image, Cm + image * B_image, direction_B, states + where, 0, row, real, line, spot, channel,
+            H, W, d, B_pixel, N, COLUMNS, BACKWARDS,
+        )  # fmt: skip
+        adjoint_state = _vector(adjoints + where, channel, d)
         by_skip += tl.sum(values * grads, 0)
-        source, start, onward = delta + image * delta_image, row * delta_pixel, row_stride * delta_pixel
-        sources = _sources(source, start, onward, token, channel, real, d, R, RP, WHOLE)
-        steps, v = _steps(sources, projection, shift, real, R, T, C, SOFTPLUS)
+        steps, v = _steps(sources, projection, shift, R, T, C, SOFTPLUS)
         sums = tl.zeros((T, MP), tl.float32)
-        through, by_steps = tl.zeros((T, C), tl.float32), tl.zeros((T, C), tl.float32)
-        where = ((image * K + k) * stored + tile) * N * d
-        offset = row * B_pixel + token * (row_stride * B_pixel)
+        total, by_steps = skip[None, :] * grads, tl.zeros((T, C), tl.float32)
         for n in range(N):
             rate = _vector(A + k * d * N + n, channel * N, d * N)
-            map = _drive_map(
-                B + image * B_image, direction_B, n, offset, real, token, line, first, H, W, COLUMNS, BACKWARDS, N,
-            )[:, None]  # fmt: skip
-            read = _spread(tl.load(Cm + image * B_image + offset + n, mask=real, other=0.0).to(tl.float32))[:, None]
+            map, read = _spread(drives)[:, None], _spread(reads)[:, None]
+            before, adjoint_before = state, adjoint_state
+            if N > 1:
+                following = tl.minimum(n + 1, N - 1)
+                drives, reads, state = _given(
+                    B + image * B_image, Cm + image * B_image, direction_B, states + where, following,
+                    row, real, line, spot, channel, H, W, d, B_pixel, N, COLUMNS, BACKWARDS,
+                )  # fmt: skip
+                adjoint_state = _vector(adjoints + where + following * d, channel, d)
             decay = tl.exp2(steps * (rate * LOG2E)[None, :])
             drive = steps * values * map
-            h = _scanned(decay, drive, _vector(states + where + n * d, channel, d), token, T - 1, BACKWARDS)
+            h = _scanned(decay, drive, before, token, T - 1, BACKWARDS)
             driver = read * grads
-            adjoint = _vector(adjoints + where + n * d, channel, d)
-            adjoint = _before(decay, decay * driver, driver, adjoint, token, T - 1, not BACKWARDS)
+            adjoint = _before(decay, decay * driver, driver, adjoint_before, token, T - 1, not BACKWARDS)
             kept = tl.where(decay > 0.0, h - drive, 0.0)  # a rounding would remain, which long steps make large
-            through += adjoint * map
+            total += adjoint * steps * map
             by_steps += adjoint * (rate[None, :] * kept + map * values)
             rates += tl.where(place[:, None] == n, tl.sum(adjoint * steps * kept, 0)[None, :], 0.0)
-            into = tl.where(column[None, :] == R + n, 1.0, 0.0) + tl.zeros((C, MP), tl.float32)
+            into = tl.where(column[None, :] == S + n, 1.0, 0.0) + tl.zeros((C, MP), tl.float32)
             sums = tl.dot(adjoint * steps * values, into, sums, input_precision=TOKEN_PRECISION)
-            into = tl.where(column[None, :] == R + N + n, 1.0, 0.0) + tl.zeros((C, MP), tl.float32)
+            into = tl.where(column[None, :] == S + N + n, 1.0, 0.0) + tl.zeros((C, MP), tl.float32)
             sums = tl.dot(h * grads, into, sums, input_precision=TOKEN_PRECISION)
-        if SOFTPLUS:
+        if SOFTPLUS and FINE:
             by_steps *= tl.exp2((v - steps) * LOG2E)  # the sigmoid of v
-        by_steps = tl.where(real[:, None], by_steps, 0.0)
-        total = skip[None, :] * grads + steps * through
+        elif SOFTPLUS:
+            by_steps *= 1.0 - tl.exp2(-steps * LOG2E)  # the same, to a few digits less where steps are small
         if earlier is not None:
-            total += tl.load(earlier + whole + spots, mask=mask, other=0.0)
-        tl.store(grad_x + whole + spots, total.to(grad_x.dtype.element_ty), mask=mask)
-        right = tl.where(column[None, :] == R, 1.0, 0.0) + tl.zeros((T, MP), tl.float32)
-        if weight is None:
-            spots = _spots(row * (K * d) + k * d, row_stride * (K * d), token, channel)
-            tl.store(grad_delta + whole * K + spots, by_steps.to(grad_delta.dtype.element_ty), mask=mask)
+            total += _tile(earlier + whole, pixel * d, channel, d, WHOLE)
+        tl.store(_spots(grad_x + whole, pixel * d, channel), total.to(grad_x.dtype.element_ty), mask=mask)
+        by_bias += tl.sum(by_steps, 0)
+        if S == 0:
+            if weight is None:
+                target, pitch = grad_delta + whole * K + k * d, K * d
+            else:
+                target, pitch = grad_delta + ((k * images).to(tl.int64) + image) * (H * W) * d, d
+            tl.store(_spots(target, row * pitch, channel), by_steps.to(grad_delta.dtype.element_ty), mask=mask)
         else:
             sums = tl.dot(by_steps, wide, sums, input_precision=TOKEN_PRECISION)
-            right += _sources(source, start, onward, token, channel, real, d, R, MP, WHOLE).to(tl.float32)
-        spots = _spots(row * (K * M) + k * M, row_stride * (K * M), token, column)
-        tl.store(
-            token_parts + (block * images + image) * (H * W) * (K * M) + spots,
-            sums,
-            mask=real[:, None] & (column < M)[None, :],
-        )
-        parameters = tl.dot(tl.trans(by_steps), right, parameters, input_precision=WEIGHT_PRECISION)
+            right = _sources(source, row * delta_pixel, channel, d, R, MP, WHOLE).to(tl.float32)
+            parameters = tl.dot(tl.trans(by_steps), right, parameters, input_precision=WEIGHT_PRECISION)
+        target = token_parts + (block * images + image) * (H * W) * (K * M) + k * M
+        tl.store(_spots(target, row * (K * M), column), sums, mask=real[:, None] & (column < M)[None, :])
     parts = parameter_parts + k * d * P
     inside = channel < d
-    spots = channel[:, None] * P + column[None, :]
-    tl.store(parts + spots, parameters, mask=inside[:, None] & (column <= R)[None, :])
-    spots = channel[None, :] * P + R + 1 + place[:, None]
+    if S > 0:
+        spots = channel[:, None] * P + column[None, :]
+        tl.store(parts + spots, parameters, mask=inside[:, None] & (column < S)[None, :])
+    tl.store(parts + channel * P + S, by_bias, mask=inside)
+    spots = channel[None, :] * P + S + 1 + place[:, None]
     tl.store(parts + spots, rates, mask=inside[None, :] & (place < N)[:, None])
-    tl.store(parts + channel * P + R + 1 + N, by_skip, mask=inside)
+    tl.store(parts + channel * P + S + 1 + N, by_skip, mask=inside)
 
 
 @triton.jit(do_not_specialize=[
-    "H", "W", "d", "stored", "images", "x_image", "x_pixel", "delta_image", "delta_pixel", "delta_route",
+    "H", "W", "d", "tiles", "images", "x_image", "x_pixel", "delta_image", "delta_pixel", "delta_route",
     "B_image", "B_pixel", "B_route",
 ])  # fmt: skip
 def gradients(
     grad_out, x, delta, weight, bias, A, B, Cm, D, direction_B, states, adjoints, earlier,
     between, grad_x, grad_delta, token_parts, parameter_parts,
-    H, W, d, stored, images,
+    H, W, d, tiles, images,
     x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
     FORTH: tl.constexpr, BACK: tl.constexpr, COLUMNS: tl.constexpr, CONTINUOUS: tl.constexpr,
-    K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, MP: tl.constexpr,
-    T: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr, ROUTED: tl.constexpr,
-    TOKEN_PRECISION: tl.constexpr, WEIGHT_PRECISION: tl.constexpr,
+    K: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, S: tl.constexpr,
+    MP: tl.constexpr, T: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr,
+    WHOLE_TILES: tl.constexpr, ROUTED: tl.constexpr, TOKEN_PRECISION: tl.constexpr, WEIGHT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients through a route and its reverse: that of x, and parts of those of all else.
 
-    Of sums over channels each block leaves its part, (blocks, B, L, K, R + 2 N), and of sums over tokens each program,
-    (programs, K, d, R + N + 2). A program takes its tiles by one route and then by the other, which finds them in the
+    Of sums over channels each block leaves its part, (blocks, B, L, K, S + 2 N), and of sums over tokens each program,
+    (programs, K, d, S + N + 2). Where S is 0, gradients of the steps go to `grad_delta`: (B, L, K, d), or (K, B, L, d)
+    if they were projected. A program takes its tiles by one route and then by the other, which finds them in the
     cache: the sums of both do not fit into registers. What it has of x's gradient `between` them, and between launches,
     is float32; None if that gradient itself is.
     """
@@ -539,11 +654,9 @@ def gradients(
     block = tl.program_id(0) % blocks
     channel = block * C + tl.arange(0, C)
     program, programs = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
-    length, pieces = _lines(H, W, COLUMNS, CONTINUOUS, T)
-    tiles = H * W // length * pieces
     each = tl.cdiv(images * tiles, programs)
     begin, end = program * each, tl.minimum(program * each + each, images * tiles)
-    parts = parameter_parts + program.to(tl.int64) * (K * (R + N + 2)) * d
+    parts = parameter_parts + program.to(tl.int64) * (K * (S + N + 2)) * d
     middle = grad_x
     if between is not None:
         middle = between
@@ -551,9 +664,9 @@ def gradients(
         _route_gradients(
             grad_out, x, delta, weight, bias, A, B, Cm, D, direction_B, states, adjoints,
             earlier, middle if BACK >= 0 else grad_x, grad_delta, token_parts, parts,
-            block, channel, begin, end, tiles, H, W, d, stored, images,
+            block, channel, begin, end, H, W, d, tiles, images,
             x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
-            FORTH, K, N, NP, R, RP, MP, T, C, WHOLE, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, False,
+            FORTH, K, N, NP, R, RP, S, MP, T, C, WHOLE, WHOLE_TILES, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, False,
             TOKEN_PRECISION, WEIGHT_PRECISION,
         )  # fmt: skip
     if FORTH >= 0 and BACK >= 0:
@@ -562,8 +675,8 @@ def gradients(
         _route_gradients(
             grad_out, x, delta, weight, bias, A, B, Cm, D, direction_B, states, adjoints,
             middle if FORTH >= 0 else earlier, grad_x, grad_delta, token_parts, parts,
-            block, channel, begin, end, tiles, H, W, d, stored, images,
+            block, channel, begin, end, H, W, d, tiles, images,
             x_image, x_pixel, delta_image, delta_pixel, delta_route, B_image, B_pixel, B_route,
-            BACK, K, N, NP, R, RP, MP, T, C, WHOLE, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, True,
+            BACK, K, N, NP, R, RP, S, MP, T, C, WHOLE, WHOLE_TILES, SOFTPLUS, ROUTED, COLUMNS, CONTINUOUS, True,
             TOKEN_PRECISION, WEIGHT_PRECISION,
         )  # fmt: skip

@@ -67,14 +67,16 @@ class _Call:
         self.images, self.H, self.W, self.d = x.shape
         self.N, self.K = int(A.shape[-1]), len(self.codes)
         self.R = 0 if weight is None else int(weight.shape[-1])
+        self.summed = self.R if tiles.summed_within(self.R, self.N) else 0
         self.states = tiles.states(int(self.d))
-        self.stored = tiles.stored(self.codes, self.H, self.W, self.states.tokens)
+        self.tiles = tiles.count(self.H, self.W, self.states.tokens)
         self.constants = {
             "K": self.K,
             "N": self.N,
             "R": self.R,
             "RP": tiles.power_of_two(max(1, self.R)),
             "T": self.states.tokens,
+            "WHOLE_TILES": int(self.H) * int(self.W) % self.states.tokens == 0,
             "SOFTPLUS": softplus,
             "ROUTED": routed,
             "num_warps": 1,
@@ -83,7 +85,7 @@ class _Call:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return self.H, self.W, self.d, self.stored
+        return self.H, self.W, self.d, self.tiles
 
     def blocks(self, tile: tiles.Tile) -> int:
         return -(-self.d // tile.channels)
@@ -95,7 +97,7 @@ class _Call:
     def programs(self, tile: tiles.Tile) -> int:
         """Programs for each block of channels, of the kernels that take tiles in turn."""
         enough = tile.per_sm * gpu.multiprocessors(self.x.data.device) // self.blocks(tile)
-        return min(self.images * self.stored, max(1, enough))
+        return min(self.images * self.tiles, max(1, enough))
 
     def groups(self) -> Iterator[tuple[int, int, int]]:
         """Launches: a route, its reverse (-1 where there is none), and the code of their order."""
@@ -111,6 +113,9 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, dtype = _Call(arguments), arguments[-1]
     x = call.x.data
     out = x.new_empty(x.shape, dtype=dtype)
+    tile = tiles.walks(int(call.d))
+    if tiles.walked(call.images * call.blocks(tile), call.N, gpu.multiprocessors(x.device)):
+        return out, _walks(call, tile, out)
     with gpu.on(x.device):
         states = _states(call, call.x, call.B, call.direction_B, adjoint=False)
         groups = list(call.groups())
@@ -122,14 +127,32 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return out, states
 
 
+def _walks(call: _Call, tile: tiles.Tile, out: Tensor) -> Tensor:
+    """Writes the merged map, and gives the states before tiles."""
+    states = out.new_empty((call.images, call.K, call.tiles, call.N, call.d), dtype=torch.float32)
+    between = None
+    if out.dtype != torch.float32 and call.K > 1:
+        between = torch.empty_like(out, dtype=torch.float32)
+    codes = sum(code << 3 * k for k, code in enumerate(call.codes))
+    constants = {name: value for name, value in call.constants.items() if name != "N"}
+    with gpu.on(out.device):
+        launchable(kernels.walks)[(call.images * call.blocks(tile),)](
+            call.x.data, call.delta.data, call.weight, call.bias, call.A, call.B.data, call.C.data, call.D,
+            call.direction_B, states, between, out,
+            *call.sizes, *call.x.strides, *call.delta.strides, *call.B.strides,
+            CODES=codes, **call.block(tile), **constants,
+        )  # fmt: skip
+    return states
+
+
 def _states(call: _Call, x: _Map, B: _Map, direction_B: Tensor | None, adjoint: bool) -> Tensor:
     """States before tiles, (B, K, tiles, N, d), or with `adjoint` those of their gradients."""
     device, tile = x.data.device, call.states
-    out = x.data.new_empty((call.images, call.K, call.stored, call.N, call.d), dtype=torch.float32)
+    out = x.data.new_empty((call.images, call.K, call.tiles, call.N, call.d), dtype=torch.float32)
     if not call.images:
         return out
     sequences = call.images * call.K * call.N * call.blocks(tile)
-    segments = tiles.segments(sequences, call.stored, tile.per_sm * gpu.multiprocessors(device))
+    segments = tiles.segments(sequences, call.tiles, tile.per_sm * gpu.multiprocessors(device))
     ends: tuple[Tensor | None, Tensor | None] = None, None
     if segments > 1:
         shape = (call.images, call.K, segments, call.N, call.d)
@@ -139,7 +162,7 @@ def _states(call: _Call, x: _Map, B: _Map, direction_B: Tensor | None, adjoint: 
         launchable(kernels.states)[(sequences * segments,)](
             x.data, call.delta.data, call.weight, call.bias, call.A, B.data, direction_B, *ends, out,
             *call.sizes, segments, *x.strides, *call.delta.strides, *B.strides,
-            CODES=codes, CONTINUOUS=any(code & CONTINUOUS for code in call.codes), ADJOINT=adjoint, AGGREGATE=aggregate,
+            CODES=codes, ADJOINT=adjoint, AGGREGATE=aggregate,
             **call.block(tile), **call.constants,
         )  # fmt: skip
     return out
@@ -164,14 +187,16 @@ def backward(grad_out: Tensor, states: Tensor, *arguments: Any) -> tuple[Tensor,
     call = _Call(arguments)
     x, grad_out = call.x.data, grad_out.contiguous()
     tile = tiles.gradients(int(call.d))
-    programs, blocks, M = call.programs(tile), call.blocks(tile), call.R + 2 * call.N
+    programs, blocks, M = call.programs(tile), call.blocks(tile), call.summed + 2 * call.N
     pixels = (call.images, call.H, call.W)
     grad_x = x.new_empty(x.shape)
-    grad_delta = None
+    grad_delta, delta = None, arguments[1]
     if call.weight is None:
-        grad_delta = arguments[1].new_empty((*pixels, call.K, call.d))
+        grad_delta = delta.new_empty((*pixels, call.K, call.d))
+    elif not call.summed:
+        grad_delta = delta.new_empty((call.K, *pixels, call.d), dtype=_factors(delta, call.weight))
     token_parts = x.new_empty((blocks, *pixels, call.K, M), dtype=torch.float32)
-    parameter_parts = x.new_empty((programs, call.K, call.d, call.R + call.N + 2), dtype=torch.float32)
+    parameter_parts = x.new_empty((programs, call.K, call.d, call.summed + call.N + 2), dtype=torch.float32)
     with gpu.on(x.device):
         adjoints = _states(call, _pitched(grad_out), call.C, None, adjoint=True)
         groups = list(call.groups())
@@ -216,9 +241,9 @@ def _gradients(
         call.direction_B, states, adjoints, earlier, between, grad_x, grad_delta, token_parts, parameter_parts,
         *call.sizes, call.images, *call.x.strides, *call.delta.strides, *call.B.strides,
         FORTH=forth, BACK=back, COLUMNS=order & COLUMNS != 0, CONTINUOUS=order & CONTINUOUS != 0,
-        NP=tiles.power_of_two(call.N, 1), MP=tiles.power_of_two(call.R + 2 * call.N), **call.block(tile),
-        TOKEN_PRECISION=precision(call.delta.data, call.B.data, call.C.data),
-        WEIGHT_PRECISION=precision(weight, call.bias), **call.constants,
+        NP=tiles.power_of_two(call.N, 1), S=call.summed, MP=tiles.power_of_two(call.summed + 2 * call.N),
+        **call.block(tile), TOKEN_PRECISION=precision(call.delta.data, call.B.data, call.C.data),
+        WEIGHT_PRECISION=precision(weight), **call.constants,
     )  # fmt: skip
 
 
@@ -232,24 +257,50 @@ def _assembled(
 ) -> tuple[Tensor, ...]:
     """Gradients in the order and dtypes of their tensors from sums over channels, and from those over tokens."""
     _, delta, A, B, C, D, weight, bias, direction_B, *_ = arguments
-    R, N = call.R, call.N
+    S, N = call.summed, call.N
 
     def part(tensor: Tensor | None, total: Tensor) -> Tensor:
         return grad_x.new_empty(0) if tensor is None else total.to(tensor.dtype, copy=True)
 
-    by_delta = part(delta, tokens[..., :R]) if grad_delta is None else grad_delta
-    by_direction = None if direction_B is None else _by_direction(call, tokens[..., R : R + N], arguments[-2])
+    by_weight = parameters[..., :S]
+    if grad_delta is None:
+        by_delta = part(delta, tokens[..., :S])
+    elif weight is None:
+        by_delta = grad_delta
+    else:
+        by_delta, by_weight = _projected(grad_delta, delta, weight)
+    by_direction = None if direction_B is None else _by_direction(call, tokens[..., S : S + N], arguments[-2])
     return (
         grad_x,
         by_delta,
-        part(A, parameters[..., R + 1 : R + 1 + N]),
-        part(B, tokens[..., R : R + N]),
-        part(C, tokens[..., R + N :]),
-        part(D, parameters[..., R + 1 + N]),
-        part(weight, parameters[..., :R]),
-        part(bias, parameters[..., R]),
+        part(A, parameters[..., S + 1 : S + 1 + N]),
+        part(B, tokens[..., S : S + N]),
+        part(C, tokens[..., S + N :]),
+        part(D, parameters[..., S + 1 + N]),
+        part(weight, by_weight),
+        part(bias, parameters[..., S]),
         part(direction_B, tokens if by_direction is None else by_direction),
     )
+
+
+def _factors(delta: Tensor, weight: Tensor) -> torch.dtype:
+    """Dtype in which gradients of steps are multiplied: only bfloat16 has the range for them, and only it is exact
+    enough if all else is."""
+    return torch.bfloat16 if delta.dtype == weight.dtype == torch.bfloat16 else torch.float32
+
+
+def _projected(grad_steps: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of what steps are projected from, and of the weights, (K, d, R), from those of steps, (K, B, H, W, d).
+
+    The sum over tokens is taken image by image, which gives matrix units more to do at a time.
+    """
+    K, images, H, W, d = grad_steps.shape
+    R = weight.shape[-1]
+    numbers = delta.to(grad_steps.dtype).permute(3, 0, 1, 2, 4).reshape(K * images, H * W, R)
+    by_delta = torch.bmm(grad_steps.flatten(1, 3), weight.to(grad_steps.dtype)).view(K, images, H, W, R)
+    by_weight = torch.bmm(grad_steps.view(K * images, H * W, d).mT, numbers).view(K, images, d, R)
+    by_delta = delta.new_empty(delta.shape).copy_(by_delta.permute(1, 2, 3, 0, 4))
+    return by_delta, by_weight.sum(1, dtype=torch.float32)
 
 
 def _by_direction(call: _Call, grad_B: Tensor, routed: bool) -> Tensor:

@@ -5,10 +5,7 @@ Chosen by reasoning, not yet by measurement: see the README's account of instruc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
-
-from .routes import COLUMNS, CONTINUOUS, REVERSE
 
 MAX_SEGMENTS = 64
 """Segments of a sequence at most: each program walks through the ends of those before its own."""
@@ -39,6 +36,16 @@ def states(d: int) -> Tile:
     return Tile(16, _channels(d), per_sm=8)
 
 
+def walks(d: int) -> Tile:
+    """Tile of the kernel that walks all routes of an image, the alternative to `states` and `outputs`."""
+    return Tile(16, _channels(d), per_sm=4)
+
+
+def walked(programs: int, states: int, multiprocessors: int) -> bool:
+    """Whether that kernel is the faster one: there are programs for most of the GPU. It knows one state."""
+    return states == 1 and programs >= walks(32).per_sm * multiprocessors
+
+
 def outputs(d: int) -> Tile:
     """Tile of the kernel of outputs, whose programs take tiles in turn."""
     return Tile(16, _channels(d), per_sm=48)
@@ -49,15 +56,18 @@ def gradients(d: int) -> Tile:
     return Tile(16, _channels(d), per_sm=16)
 
 
-def stored(codes: Sequence[int], H: int, W: int, tokens: int) -> int:
-    """Tiles of the order that has the most of them: rows one after the other are one line, all else are lines apart."""
-    counts = []
-    for code in dict.fromkeys(code & ~REVERSE for code in codes):
-        if code & COLUMNS:
-            counts.append(W * -(-H // tokens))
-        else:
-            counts.append(H * -(-W // tokens) if code & CONTINUOUS else -(-(H * W) // tokens))
-    return max(counts)
+def summed_within(rank: int, states: int) -> bool:
+    """Whether the kernel of gradients takes those of steps back through their projection.
+
+    As long as the sums over channels fit into one column of products. Wider ones do not fit into registers beside a
+    tile; then torch multiplies what the kernel leaves.
+    """
+    return rank + 2 * states <= 16
+
+
+def count(H: int, W: int, tokens: int) -> int:
+    """Tiles of a map, the same along any order."""
+    return -(-(H * W) // tokens)
 
 
 def segments(programs: int, tiles: int, wanted: int) -> int:

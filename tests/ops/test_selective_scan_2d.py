@@ -164,7 +164,7 @@ KERNEL = [
 def tiny_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, which is slow: tiles so small that tiny maps have several."""
     if device.type == "cpu":
-        for name in ("states", "outputs", "gradients"):
+        for name in ("states", "walks", "outputs", "gradients"):
             monkeypatch.setattr(tiles, name, lambda d: tiles.Tile(8, 4, per_sm=3))
 
 
@@ -222,7 +222,7 @@ def test_kernels(case: Case, dtype: torch.dtype, device: torch.device, checks: A
     checks.factor_two(case.call("triton"), reference, reference, case.tensors(dtype, device))
 
 
-@pytest.mark.parametrize("case", [Case((1, 3, 6, 20), ROW_AND_COLUMN_ROUTES[1:3], rank=4)], ids=str)
+@pytest.mark.parametrize("case", [Case((1, 3, 6, 20), ROW_AND_COLUMN_ROUTES[1:3], rank=16)], ids=str)
 def test_kernels_with_their_own_tiles(case: Case, device: torch.device, checks: Any) -> None:
     reference = case.call("reference")
     checks.factor_two(case.call("triton"), reference, reference, case.tensors(torch.float32, device))
@@ -234,6 +234,42 @@ def test_long_sequences_are_cut(case: Case, device: torch.device, checks: Any, m
     monkeypatch.setattr(tiles, "segments", lambda programs, tiles, wanted: 3)
     reference = case.call("reference")
     checks.factor_two(case.call("triton"), reference, reference, case.tensors(torch.float32, device))
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(SMALL[place] for place in (0, 6, 7, 11)),
+        *(pytest.param(case, marks=pytest.mark.gpu) for case in LARGE if case.states == 1 and case.shape[0] > 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_images_walked_by_one_program(
+    case: Case, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the other kernels give, and the states that gradients need."""
+    tensors, names = case.tensors(torch.float32, device), ("x", "delta", "A", "B", "C", "D")
+    optional = ("delta_weight", "delta_bias", "direction_B")
+    arguments = (
+        *(tensors.get(name) for name in (*names, *optional)),
+        [route.code for route in case.routes], case.softplus, case.routed, dtype,
+    )  # fmt: skip
+    results = []
+    for walked in (True, False):
+        monkeypatch.setattr(tiles, "walked", lambda *_, walked=walked: walked)
+        results.append(torch.ops.vizoo.selective_scan_2d(*arguments))
+    for value, expected in zip(*results, strict=True):
+        precision = 1e-3 if value.dtype == torch.float16 else 1e-5
+        assert value.isfinite().all()
+        assert (value - expected).float().norm() <= precision * expected.float().norm()
+
+
+def test_images_are_walked_where_they_fill_the_card() -> None:
+    assert tiles.walked(768, 1, 132)
+    assert not tiles.walked(384, 1, 132)
+    assert not tiles.walked(768, 2, 132)
 
 
 def test_segments_fill_the_card_and_no_more() -> None:
