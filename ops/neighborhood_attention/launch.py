@@ -112,7 +112,7 @@ def forward(
                 counts, grid = _shared(call, whole)
                 launchable(kernels.whole_forward)[grid](
                     *call.inputs, out, lse, *call.numbers(counts), call.images,
-                    STACK=whole.stack, **call.constants(whole),
+                    STACK=whole.stack, NEAR=whole.near, **call.constants(whole),
                 )  # fmt: skip
     return out, lse
 

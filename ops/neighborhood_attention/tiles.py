@@ -36,7 +36,9 @@ class Tile:
         warps: Warps of a program.
         stages: Loop iterations whose loads are in flight at once.
         per_sm: Programs that a multiprocessor has at a time, of kernels that loop over images.
-        stack: Tiles of a program, one below the other, of the kernels whose blocks hold all keys.
+        stack: Tiles of a program, one below the other, of the forward kernel whose blocks hold all keys.
+        near: Whether its keys and values pass through the first-level cache, where tiles of a stack find each other's:
+            the copies are half as long.
     """
 
     tile: Sides
@@ -45,6 +47,7 @@ class Tile:
     stages: int
     per_sm: int = 4
     stack: int = 1
+    near: bool = False
 
 
 def power_of_two(n: int) -> int:
@@ -74,10 +77,10 @@ def tiled(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Til
 def whole(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Tile | None:
     """Tiles whose windows fit one block of keys; None if there are none.
 
-    In the forward pass a warp has 16 queries: a stack of such tiles with a block of keys each, or a tile of 32 with one,
-    which is fetched for half as many queries. A thread holds a quarter of the logits of a query, what is added to them,
-    and its part of the keys: beyond 128 keys, or 4096 numbers of them, that is more than its registers. In the backward
-    pass, where the gradient of the logits and its sum over images come to that, warps divide the keys among them.
+    In the forward pass a warp has 16 queries: a stack of such tiles with a block of keys each, or a tile of 32, whose
+    keys are fetched once for twice as many queries. A thread holds a quarter of the logits of a query, what is added to
+    them, and its part of the keys: beyond 128 keys, or 4096 numbers of them, that is more than its registers. In the
+    backward pass, where the gradient of the logits and its sum over images come to that, warps divide the keys.
     """
     forward = kind == "forward"
     found: dict[Tile, float] = {}
