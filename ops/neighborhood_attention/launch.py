@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from vizoo.ops import gpu
@@ -16,6 +18,9 @@ from . import kernels, tiles
 from .function import FLOPS
 
 register_flops(FLOPS)
+
+LISTS_AHEAD = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 2)
+"""Whether loops may fetch lists of matrices ahead: Triton 3.2 crashes compiling that for compute capability 9.0."""
 
 
 class _Call:
@@ -109,6 +114,8 @@ def forward(
             if whole is None:
                 _for_tiles(call, "forward", kernels.forward, *call.inputs, out, lse)
             else:
+                if whole.stack > 1 and not LISTS_AHEAD:
+                    whole = replace(whole, stages=1)
                 counts, grid = _shared(call, whole)
                 launchable(kernels.whole_forward)[grid](
                     *call.inputs, out, lse, *call.numbers(counts), call.images,
