@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vizoo.ops import gpu
 from vizoo.ops.registration import launchable, register_flops
+from vizoo.ops.tracing import known
 
 from . import kernels, tiles
 from .function import FLOPS
@@ -170,13 +171,14 @@ def backward(
         with gpu.on(query.device):
             tensors = grad_out, *call.inputs, out, lse, delta, grad_query
             whole = call.whole("queries")
+            summed = whole is not None and not known(call.images < tiles.FEWEST_IMAGES)
             if whole is None:
                 _for_tiles(call, "queries", kernels.backward_queries, *tensors)
             else:
-                _whole_queries(call, whole, tensors, grad_bias)
+                _whole_queries(call, whole, tensors, grad_bias if summed else None)
             keys = (grad_query, None) if call.packed else (grad_key, grad_value)
             _for_tiles(call, "keys", kernels.backward_keys, grad_out, *call.inputs, lse, delta, *keys)
-            if grad_bias is not None and whole is None:
+            if grad_bias is not None and not summed:
                 _bias_gradient(call, grad_out, lse, delta, grad_bias)
     return grad_query, grad_key, grad_value, grad_bias
 

@@ -22,6 +22,9 @@ START_COST = 3
 """Time to start a program of a kernel that loops over images, in that of an image: likewise."""
 MAX_SHARES = 8
 """Most shares of the images beyond those that fill the GPU: each writes a sum."""
+FEWEST_IMAGES = 8
+"""From how many images on the gradient of the bias is summed for each tile of queries: its sums take as much memory as
+queries, keys and values of a few images."""
 UNKNOWN = 2**20
 """Stands for the size of an axis that tracing leaves free."""
 
