@@ -98,10 +98,13 @@ def whole(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Til
             # At 56 x 56, 7 x 7 and 32 channels a sweep on an H100 found two warps with loads ahead 1.4 times as fast
             # as four without.
             for stack in (2, 4) if queries == 16 else (1,):
-                chosen = Tile(tile, block, warps=max(stack, 2), stages=2, per_sm=4 if stack < 4 else 2, stack=stack)
+                warps = max(stack, 2)
+                per_sm = (16 if keys * power_of_two(d) <= 2048 else 8) // warps
+                chosen = Tile(tile, block, warps, stages=2, per_sm=per_sm, stack=stack)
                 found[chosen] = _waste((tile[0], tile[1] * stack, tile[2]), sizes) * keys * (1 + KEY_COST * d / queries)
         else:
-            chosen = Tile(tile, block, warps=4, stages=2, per_sm=2 if queries * keys > 2048 else 3)
+            per_sm = 2 if queries * keys > 1024 and queries == 32 else 3 if keys > 64 else 4  # as registers allow
+            chosen = Tile(tile, block, warps=4, stages=2, per_sm=per_sm)
             found[chosen] = _waste(tile, sizes) * keys * (1 + KEY_COST * d / queries)
     return min(found, key=lambda tile: found[tile], default=None)
 
