@@ -50,16 +50,27 @@ def boxes(volume: int) -> Iterator[Sides]:
     return ((1, 1 << i, volume >> i) for i in range(volume.bit_length()))
 
 
-def whole_choices(sizes: Sides, kernel: Sides, quick: bool) -> Iterator[Tile]:
+def whole_choices(kind: str, sizes: Sides, kernel: Sides, quick: bool) -> Iterator[Tile]:
     """Tiles of 16 and 32 queries whose windows fit a block."""
-    for volume, stack, stages, per_sm in itertools.product(
-        (16,) if quick else (16, 32), (1, 2, 4, 8), (1, 2), (8,) if quick else (2, 4, 8, 16)
-    ):
+    for volume, stages in itertools.product((16, 32), (1, 2)):
         for tile in boxes(volume):
             reach = (min(side + more - 1, size) for side, more, size in zip(tile, kernel, sizes, strict=True))
             block = _sides(1 << (n - 1).bit_length() for n in reach)
             if 16 <= math.prod(block) <= 128:
-                yield Tile(tile, block, warps=stack * volume // 16, stages=stages, per_sm=per_sm, stack=stack)
+                launches = whole_launches(kind, volume, quick)
+                yield from (Tile(tile, block, stages=stages, **launch) for launch in launches)
+
+
+def whole_launches(kind: str, volume: int, quick: bool) -> Iterator[dict[str, Any]]:
+    """In the forward pass a warp has 16 queries, in the backward pass warps divide the keys."""
+    if kind == "whole queries":
+        choices = itertools.product((2, 4, 8), (2, 3, 4) if quick else (1, 2, 3, 4, 6, 8))
+        yield from ({"warps": warps, "per_sm": per_sm} for warps, per_sm in choices)
+        return
+    stacks = (1,) if volume == 32 else (2, 4)
+    for stack, near, per_sm in itertools.product(stacks, (False, True), (2, 4) if quick else (2, 3, 4, 6, 8)):
+        if stack > 1 or not near:
+            yield {"warps": stack * volume // 16, "per_sm": per_sm, "stack": stack, "near": near}
 
 
 def tiled_choices(kind: str, sizes: Sides, kernel: Sides, d: int, quick: bool) -> Iterator[Tile]:
@@ -96,7 +107,7 @@ def sweep(kind: str, shape: tuple[Any, ...], floor: float, quick: bool) -> None:
     run = runs(*shape)["forward" if kind.endswith("forward") else "backward"]
     before_whole, before_tiled = tiles.whole, tiles.tiled
     whole, pass_over = kind.startswith("whole"), kind.removeprefix("whole ")
-    choices = whole_choices(sizes, side, quick) if whole else tiled_choices(kind, sizes, side, d, quick)
+    choices = whole_choices(kind, sizes, side, quick) if whole else tiled_choices(kind, sizes, side, d, quick)
     results: list[tuple[float, Tile]] = []
     for tile in choices:
 
@@ -104,9 +115,10 @@ def sweep(kind: str, shape: tuple[Any, ...], floor: float, quick: bool) -> None:
             return tile if other == kind else before_tiled(other, *arguments)
 
         def in_one(other: str, *arguments: Any, tile: Tile = tile) -> Tile | None:
-            if other != pass_over:
-                return before_whole(other, *arguments)
-            return tile if whole else None
+            if other == pass_over:
+                return tile if whole else None
+            # The kernel for the bias alone runs only beside that for tiles of queries.
+            return None if (kind, other) == ("bias", "queries") else before_whole(other, *arguments)
 
         tiles.tiled, tiles.whole = tiled, in_one
         results += tried(run, tile)

@@ -178,6 +178,16 @@ def _added(column, row, visible, HAS_BIAS: tl.constexpr, COMPILED: tl.constexpr)
 
 
 @triton.jit
+def _turned(x):
+    """A matrix, or each of a list, with rows and columns exchanged."""
+    if len(x.shape) == 3:
+        turned = tl.permute(x, (0, 2, 1))
+    else:
+        turned = tl.trans(x)
+    return turned
+
+
+@triton.jit
 def _next(
     c_z, c_y, c_x, start_y, start_x, end_y, end_x, CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr
 ):  # fmt: skip
@@ -303,15 +313,16 @@ def whole_forward(
     PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
     TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
-    STAGES: tl.constexpr, STACK: tl.constexpr,
+    STAGES: tl.constexpr, STACK: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """Program (stack, head; share): STACK tiles of queries, one below the other, image after image.
 
-    Each tile meets one block of all keys that it sees, in a product of its own: a warp each, that has no part in the
-    others' softmax. The blocks overlap, but for the caches. What is added to the logits is the same for all images: it
-    is looked up once, and stays in registers.
+    Each tile meets one block of all keys that it sees, in a product of its own. Of a stack a warp has one tile, without
+    a part in the others' softmax; the blocks overlap, but for the caches. What is added to the logits is the same for
+    all images: it is looked up once, and stays in registers.
     """
     BLOCK_M: tl.constexpr = TZ * TY * TX
+    LAST: tl.constexpr = 2 if STACK > 1 else 1
     PITCH: tl.constexpr = (3 if PACKED else 1) * HEADS * D
     head = tl.program_id(0) % HEADS
     tile = tl.program_id(0) // HEADS
@@ -320,41 +331,51 @@ def whole_forward(
     g_x, first_x, size_x = _axis(tile % across, X, DX, TX)
     if (first_z >= size_z) | (first_y >= size_y) | (first_x >= size_x) | (tl.program_id(1) >= images):
         return
-    m_z, m_y, m_x = _split(tl.arange(0, BLOCK_M)[None, :], TY, TX)
-    first_y += tl.arange(0, STACK)[:, None] * TY
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, CZ * CY * CX)
+    if STACK > 1:  # a list of tiles; else all that follows is one rank lower
+        m, n = m[None, :], n[None, :]
+        first_y += tl.arange(0, STACK)[:, None] * TY
+    m_z, m_y, m_x = _split(m, TY, TX)
     p_z, p_y, p_x = first_z + m_z, first_y + m_y, first_x + m_x
     real = (p_z < size_z) & (p_y < size_y) & (p_x < size_x)
     pixel_q = _pixel(p_z, p_y, p_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
-    n_z, n_y, n_x = _split(tl.arange(0, CZ * CY * CX)[None, :], CY, CX)
+    n_z, n_y, n_x = _split(n, CY, CX)
     c_z, _ = _window(first_z, size_z, KZ, SZ, CAUSAL_Z)
     c_y, _ = _window(first_y, size_y, KY, SY, CAUSAL_Y)
     c_x, _ = _window(first_x, size_x, KX, SX, CAUSAL_X)
     j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
     pixel_k = _pixel(j_z, j_y, j_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
     visible = _visible(
-        p_z[:, :, None], p_y[:, :, None], p_x[:, :, None], j_z[:, None, :], j_y[:, None, :], j_x[:, None, :],
+        tl.expand_dims(p_z, -1), tl.expand_dims(p_y, -1), tl.expand_dims(p_x, -1),
+        tl.expand_dims(j_z, -2), tl.expand_dims(j_y, -2), tl.expand_dims(j_x, -2),
         size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, True, True, True,
     )  # fmt: skip
     if HAS_BIAS:
         bias = _bias_of(bias, head, KZ, KY, KX) + _entry(c_z - p_z, c_y - p_y, c_x - p_x, KY, KX)
     added = _added(bias, _entry(n_z, n_y, n_x, KY, KX), visible, HAS_BIAS, COMPILED)
     # A query past the end of its group sees nobody; any finite number keeps it from dividing zero by zero.
-    added = tl.where(real[:, :, None], added, 0.0)
+    added = tl.where(tl.expand_dims(real, -1), added, 0.0)
     factor = tl.cast(scale, tl.float32)
     if PACKED:
         k = q + HEADS * D
         v = q + 2 * HEADS * D
+    if NEAR:
+        # Copies of 8 bytes to shared memory pass through the first-level cache, those of 16 pass it by. This is zero,
+        # which compilers do not see: they take addresses for multiples of 8 bytes.
+        aside = (tl.program_id(1) >> 31) * 4
+        k += aside
+        v += aside
     for number in tl.range(tl.program_id(1), images, tl.num_programs(1), num_stages=STAGES):
         image = tl.cast(number, tl.int64)
         inward = image * Z * Y * X * PITCH + head * D
         query = _vectors(q + inward, pixel_q, PITCH, D, BLOCK_D)
         keys = _vectors(k + inward, pixel_k, PITCH, D, BLOCK_D)
         values = _vectors(v + inward, pixel_k, PITCH, D, BLOCK_D)
-        logits = tl.dot(query, tl.permute(keys, (0, 2, 1)), input_precision=PRECISION) * factor + added
-        highest = tl.max(logits, 2) * LOG2E
-        p = tl.exp2(logits * LOG2E - highest[:, :, None])
-        total = tl.sum(p, 2)
-        value = tl.dot(p.to(values.dtype), values, input_precision=PRECISION) * (1.0 / total)[:, :, None]
+        logits = tl.dot(query, _turned(keys), input_precision=PRECISION) * factor + added
+        highest = tl.max(logits, LAST) * LOG2E
+        p = tl.exp2(logits * LOG2E - tl.expand_dims(highest, -1))
+        total = tl.sum(p, LAST)
+        value = tl.dot(p.to(values.dtype), values, input_precision=PRECISION) * tl.expand_dims(1.0 / total, -1)
         target = out + image * Z * Y * X * (HEADS * D) + head * D
         _put_vectors(target, value, pixel_q, real, HEADS * D, D, BLOCK_D)
         statistics = lse + (image * HEADS + head) * Z * Y * X
@@ -372,6 +393,7 @@ def whole_backward_queries(
     lse,  # (B, HEADS, Z, Y, X) float32, base 2
     delta,  # (B, HEADS, Z, Y, X) float32, written here: sum of out * grad_out
     grad_q,  # like q
+    parts,  # (shares, HEADS, tiles, BLOCK_N, BLOCK_M) float32, of BIAS_GRADIENT
     scale,
     Z, Y, X,
     DZ, DY, DX,
@@ -385,37 +407,44 @@ def whole_backward_queries(
     PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
     TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
-    STAGES: tl.constexpr, STACK: tl.constexpr,
+    STAGES: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of tiles of queries, as in `whole_forward`."""
+    """Program (tile, head; share): the gradient of a tile of queries whose keys fit one block, image after image.
+
+    What is added to logits stays in registers, as in `whole_forward`, and so does the sum over images of the gradient
+    of the logits, from which `whole_fold_bias` makes that of the bias. Keys are the rows of the products, which warps
+    divide among them: nothing is reduced over keys but in the last product.
+    """
     BLOCK_M: tl.constexpr = TZ * TY * TX
+    BLOCK_N: tl.constexpr = CZ * CY * CX
     PITCH: tl.constexpr = (3 if PACKED else 1) * HEADS * D
     head = tl.program_id(0) % HEADS
     tile = tl.program_id(0) // HEADS
     g_z, first_z, size_z = _axis(tile // (down * across), Z, DZ, TZ)
-    g_y, first_y, size_y = _axis(tile // across % down, Y, DY, TY * STACK)
+    g_y, first_y, size_y = _axis(tile // across % down, Y, DY, TY)
     g_x, first_x, size_x = _axis(tile % across, X, DX, TX)
-    if (first_z >= size_z) | (first_y >= size_y) | (first_x >= size_x) | (tl.program_id(1) >= images):
+    if (first_z >= size_z) | (first_y >= size_y) | (first_x >= size_x):
         return
-    m_z, m_y, m_x = _split(tl.arange(0, BLOCK_M)[None, :], TY, TX)
-    first_y += tl.arange(0, STACK)[:, None] * TY
+    m_z, m_y, m_x = _split(tl.arange(0, BLOCK_M), TY, TX)
     p_z, p_y, p_x = first_z + m_z, first_y + m_y, first_x + m_x
     real = (p_z < size_z) & (p_y < size_y) & (p_x < size_x)
     pixel_q = _pixel(p_z, p_y, p_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
-    n_z, n_y, n_x = _split(tl.arange(0, CZ * CY * CX)[None, :], CY, CX)
+    n_z, n_y, n_x = _split(tl.arange(0, BLOCK_N), CY, CX)
     c_z, _ = _window(first_z, size_z, KZ, SZ, CAUSAL_Z)
     c_y, _ = _window(first_y, size_y, KY, SY, CAUSAL_Y)
     c_x, _ = _window(first_x, size_x, KX, SX, CAUSAL_X)
     j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
     pixel_k = _pixel(j_z, j_y, j_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
     visible = _visible(
-        p_z[:, :, None], p_y[:, :, None], p_x[:, :, None], j_z[:, None, :], j_y[:, None, :], j_x[:, None, :],
+        p_z[None, :], p_y[None, :], p_x[None, :], j_z[:, None], j_y[:, None], j_x[:, None],
         size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, True, True, True,
     )  # fmt: skip
     if HAS_BIAS:
-        bias = _bias_of(bias, head, KZ, KY, KX) + _entry(c_z - p_z, c_y - p_y, c_x - p_x, KY, KX)
-    added = _added(bias, _entry(n_z, n_y, n_x, KY, KX), visible, HAS_BIAS, COMPILED)
+        bias = _bias_of(bias, head, KZ, KY, KX) + _entry(n_z, n_y, n_x, KY, KX)
+    added = _added(bias, _entry(c_z - p_z, c_y - p_y, c_x - p_x, KY, KX), visible, HAS_BIAS, COMPILED)
     factor = tl.cast(scale, tl.float32)
+    if BIAS_GRADIENT:
+        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if PACKED:
         k = q + HEADS * D
         v = q + 2 * HEADS * D
@@ -430,14 +459,60 @@ def whole_backward_queries(
         keys = _vectors(k + inward, pixel_k, PITCH, D, BLOCK_D)
         values = _vectors(v + inward, pixel_k, PITCH, D, BLOCK_D)
         lse_q = tl.load(lse + statistics)
-        delta_q = tl.sum(result.to(tl.float32) * incoming.to(tl.float32), 2)
+        delta_q = tl.sum(result.to(tl.float32) * incoming.to(tl.float32), 1)
         tl.store(delta + statistics, delta_q, mask=real)
-        logits = tl.dot(query, tl.permute(keys, (0, 2, 1)), input_precision=PRECISION) * factor + added
-        p = tl.exp2(logits * LOG2E - lse_q[:, :, None])
-        dp = tl.dot(incoming, tl.permute(values, (0, 2, 1)), input_precision=PRECISION)
-        ds = p * (dp - delta_q[:, :, None])
-        gradient = tl.dot(ds.to(keys.dtype), keys, input_precision=PRECISION) * factor
+        logits = tl.dot(keys, tl.trans(query), input_precision=PRECISION) * factor + added
+        p = tl.exp2(logits * LOG2E - lse_q[None, :])
+        dp = tl.dot(values, tl.trans(incoming), input_precision=PRECISION)
+        ds = p * (dp - delta_q[None, :])
+        if BIAS_GRADIENT:
+            total += ds
+        gradient = tl.dot(tl.trans(ds.to(keys.dtype)), keys, input_precision=PRECISION) * factor
         _put_vectors(grad_q + inward, gradient, pixel_q, real, PITCH, D, BLOCK_D)
+    if BIAS_GRADIENT:
+        place = (tl.program_id(1) * HEADS + head) * tiles + tile
+        rows = place.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        tl.store(parts + rows[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], total)
+
+
+@triton.jit(do_not_specialize=["tiles", "down", "across"])
+def whole_fold_bias(
+    total,  # (HEADS, tiles, BLOCK_N, BLOCK_M) float32
+    grad_bias,  # (HEADS, 2 KZ - 1, 2 KY - 1, 2 KX - 1)
+    Z, Y, X,
+    DZ, DY, DX,
+    tiles, down, across,
+    KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+    CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
+    TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
+    CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Program (entry of the bias, head): the sum over all queries of all tiles; each has one key at that offset."""
+    BLOCK_M: tl.constexpr = TZ * TY * TX
+    BLOCK_N: tl.constexpr = CZ * CY * CX
+    entry, head = tl.program_id(0), tl.program_id(1)
+    offset_z, offset_y, offset_x = _split(entry, 2 * KY - 1, 2 * KX - 1)
+    m = tl.arange(0, BLOCK_M)[None, :]
+    m_z, m_y, m_x = _split(m, TY, TX)
+    value = tl.zeros((AT_ONCE, BLOCK_M), tl.float32)
+    for begin in tl.range(0, tiles, AT_ONCE, num_stages=1):
+        tile = begin + tl.arange(0, AT_ONCE)[:, None]
+        _, first_z, size_z = _axis(tile // (down * across), Z, DZ, TZ)
+        _, first_y, size_y = _axis(tile // across % down, Y, DY, TY)
+        _, first_x, size_x = _axis(tile % across, X, DX, TX)
+        c_z, _ = _window(first_z, size_z, KZ, 1, CAUSAL_Z)
+        c_y, _ = _window(first_y, size_y, KY, 1, CAUSAL_Y)
+        c_x, _ = _window(first_x, size_x, KX, 1, CAUSAL_X)
+        n_z = first_z + m_z + offset_z - (KZ - 1) - c_z
+        n_y = first_y + m_y + offset_y - (KY - 1) - c_y
+        n_x = first_x + m_x + offset_x - (KX - 1) - c_x
+        # Tiles behind the end of a shorter group have written nothing.
+        inside = (tile < tiles) & (first_z < size_z) & (first_y < size_y) & (first_x < size_x)
+        inside &= (n_z >= 0) & (n_y >= 0) & (n_x >= 0) & (n_z < CZ) & (n_y < CY) & (n_x < CX)
+        row = ((head * tiles + tile) * BLOCK_N + (n_z * CY + n_y) * CX + n_x).to(tl.int64)
+        value += tl.load(total + row * BLOCK_M + m, mask=inside, other=0.0)
+    tl.store(grad_bias + head * tl.num_programs(0) + entry, tl.sum(tl.sum(value, 1), 0).to(grad_bias.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["tiles", "down", "across"])

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from vizoo.ops import gpu
 from vizoo.ops.registration import launchable, register_flops
+from vizoo.ops.tracing import known
 
 from . import kernels, tiles
 from .function import FLOPS
 
 register_flops(FLOPS)
 
-STACKS_AHEAD = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 2)
-"""Whether loops over stacks of tiles may load ahead: Triton 3.2 crashes compiling that for compute capability 9.0."""
+LISTS_AHEAD = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 2)
+"""Whether loops may fetch lists of matrices ahead: Triton 3.2 crashes compiling that for compute capability 9.0."""
 
 
 class _Call:
@@ -110,27 +111,37 @@ def forward(
     lse = query.new_empty((call.images, call.heads, *space), dtype=torch.float32)
     if out.numel():
         with gpu.on(query.device):
-            _over_queries(call, "forward", kernels.forward, kernels.whole_forward, (*call.inputs, out, lse))
+            whole = call.whole("forward")
+            if whole is None:
+                _for_tiles(call, "forward", kernels.forward, *call.inputs, out, lse)
+            else:
+                if whole.stack > 1 and not LISTS_AHEAD:
+                    whole = replace(whole, stages=1)
+                counts, grid = _shared(call, whole)
+                launchable(kernels.whole_forward)[grid](
+                    *call.inputs, out, lse, *call.numbers(counts), call.images,
+                    STACK=whole.stack, NEAR=whole.near, **call.constants(whole),
+                )  # fmt: skip
     return out, lse
 
 
-def _over_queries(call: _Call, kind: tiles.Kind, tiled: Any, whole: Any, tensors: tuple[Tensor | None, ...]) -> None:
-    """Launches the kernel of a kind for tiles of queries: the one whose blocks hold all keys, where that can be."""
-    found = call.whole(kind)
-    tile = call.tile(kind) if found is None else found
-    if tile.stack > 1 and not STACKS_AHEAD:
-        tile = replace(tile, stages=1)
+def _for_tiles(call: _Call, kind: tiles.Kind, kernel: Any, *tensors: Tensor | None) -> None:
+    """Launches a kernel whose programs have one tile of one image and head each."""
+    tile = call.tile(kind)
+    counts = call.tile_counts(tile)
+    programs = call.images * call.heads * math.prod(counts)
+    launchable(kernel)[(programs,)](*tensors, *call.numbers(counts), **call.constants(tile))
+
+
+def _shared(call: _Call, tile: tiles.Tile) -> tuple[tuple[int, int, int], tuple[int, int]]:
+    """Tiles along each axis, and programs: tiles of all heads, and shares of the images."""
     counts = call.tile_counts(tile)
     programs = call.heads * math.prod(counts)
-    if found is None:
-        launchable(tiled)[(call.images * programs,)](*tensors, *call.numbers(counts), **call.constants(tile))
-        return
-    shares = -(-gpu.multiprocessors(call.device) * tile.per_sm // programs)
+    places = gpu.multiprocessors(call.device) * tile.per_sm
+    shares = -(-places // programs)
     if type(shares) is int and type(call.images) is int:
-        shares = min(shares, call.images)
-    launchable(whole)[(programs, shares)](
-        *tensors, *call.numbers(counts), call.images, STACK=tile.stack, **call.constants(tile)
-    )
+        shares = tiles.shares(programs, call.images, places)
+    return counts, (programs, shares)
 
 
 def backward(
@@ -159,16 +170,37 @@ def backward(
         grad_out, delta = grad_out.contiguous(), torch.empty_like(lse)
         with gpu.on(query.device):
             tensors = grad_out, *call.inputs, out, lse, delta, grad_query
-            _over_queries(call, "queries", kernels.backward_queries, kernels.whole_backward_queries, tensors)
-            tile = call.tile("keys")
-            counts = call.tile_counts(tile)
+            whole = call.whole("queries")
+            summed = whole is not None and not known(call.images < tiles.FEWEST_IMAGES)
+            if whole is None:
+                _for_tiles(call, "queries", kernels.backward_queries, *tensors)
+            else:
+                _whole_queries(call, whole, tensors, grad_bias if summed else None)
             keys = (grad_query, None) if call.packed else (grad_key, grad_value)
-            launchable(kernels.backward_keys)[(call.images * call.heads * math.prod(counts),)](
-                grad_out, *call.inputs, lse, delta, *keys, *call.numbers(counts), **call.constants(tile)
-            )
-            if grad_bias is not None:
+            _for_tiles(call, "keys", kernels.backward_keys, grad_out, *call.inputs, lse, delta, *keys)
+            if grad_bias is not None and not summed:
                 _bias_gradient(call, grad_out, lse, delta, grad_bias)
     return grad_query, grad_key, grad_value, grad_bias
+
+
+def _whole_queries(call: _Call, tile: tiles.Tile, tensors: tuple[Tensor | None, ...], grad_bias: Tensor | None) -> None:
+    """The gradients of the queries, and of the bias from the same products: its shares are added up in one order."""
+    counts, grid = _shared(call, tile)
+    parts = None
+    if grad_bias is not None:
+        block = math.prod(tile.tile), math.prod(tile.block)
+        parts = grad_bias.new_empty((grid[1], call.heads, math.prod(counts), *block), dtype=torch.float32)
+    constants = call.constants(tile)
+    launchable(kernels.whole_backward_queries)[grid](
+        *tensors, parts, *call.numbers(counts), call.images, BIAS_GRADIENT=parts is not None, **constants
+    )
+    if grad_bias is None or parts is None:
+        return
+    wanted = (*(f"{name}{axis}" for name in ("K", "CAUSAL_", "T", "C") for axis in "ZYX"),)
+    entries = math.prod(2 * side - 1 for side in call.kernel)
+    launchable(kernels.whole_fold_bias)[(entries, call.heads)](
+        parts.sum(0), grad_bias, *call.numbers(counts)[1:], AT_ONCE=16, **{name: constants[name] for name in wanted}
+    )
 
 
 def _bias_gradient(call: _Call, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_bias: Tensor) -> None:

@@ -18,6 +18,13 @@ KEY_COST = 40 * 2**-5
 """Time to fetch a channel of a key and its value, in that of a query-key pair: an estimate, L2 against instructions."""
 STEP_COST = 1280
 """Time of a step of the loop over blocks beyond that of its pairs and keys, in that of a pair: likewise."""
+START_COST = 3
+"""Time to start a program of a kernel that loops over images, in that of an image: likewise."""
+MAX_SHARES = 8
+"""Most shares of the images beyond those that fill the GPU: each writes a sum."""
+FEWEST_IMAGES = 8
+"""From how many images on the gradient of the bias is summed for each tile of queries: its sums take as much memory as
+queries, keys and values of a few images."""
 UNKNOWN = 2**20
 """Stands for the size of an axis that tracing leaves free."""
 
@@ -31,8 +38,10 @@ class Tile:
         block: Places of a block that a tile meets at a time, likewise.
         warps: Warps of a program.
         stages: Loop iterations whose loads are in flight at once.
-        per_sm: Programs for each multiprocessor, of kernels that loop over images.
-        stack: Tiles of a program, one below the other, of the kernels whose blocks hold all keys.
+        per_sm: Programs that a multiprocessor has at a time, of kernels that loop over images.
+        stack: Tiles of a program, one below the other, of the forward kernel whose blocks hold all keys.
+        near: Whether its keys and values pass through the first-level cache, where tiles of a stack find each other's:
+            the copies are half as long.
     """
 
     tile: Sides
@@ -41,6 +50,7 @@ class Tile:
     stages: int
     per_sm: int = 4
     stack: int = 1
+    near: bool = False
 
 
 def power_of_two(n: int) -> int:
@@ -63,30 +73,50 @@ def tiled(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Til
     side = places(d, itemsize)
     shapes = itertools.product(_boxes(side), _boxes(side))
     tile, block = min(shapes, key=lambda shape: _cost(shape[0], shape[1], sizes, kernel, d))
-    return Tile(tile, block, warps=side // 16, stages=2 if kind == "forward" and itemsize == 2 else 1)
+    return Tile(tile, block, warps=side // 16, stages=2 if kind in ("forward", "keys") and itemsize == 2 else 1)
 
 
 @lru_cache(maxsize=256)
 def whole(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Tile | None:
-    """Tiles of 16 queries whose windows fit one block of keys, a warp each; None if there are none.
+    """Tiles whose windows fit one block of keys; None if there are none.
 
-    A thread holds a quarter of the logits of a query, what is added to them, and its part of the keys: beyond 128 keys,
-    or 4096 numbers of them, that is more than its registers.
+    In the forward pass a warp has 16 queries: a stack of such tiles with a block of keys each, or a tile of 32, whose
+    keys are fetched once for twice as many queries. A thread holds a quarter of the logits of a query, what is added to
+    them, and its part of the keys: beyond 128 keys, or 4096 numbers of them, that is more than its registers. In the
+    backward pass, where the gradient of the logits and its sum over images come to that, warps divide the keys.
     """
-    # At 56 x 56, 7 x 7 and 32 channels a sweep on an H100 found two warps with loads ahead 1.4 times as fast as four
-    # without; the gradient, which has fewer registers to spare, has not been swept.
-    stacks, stages = ((2, 4), 2) if kind == "forward" else ((4, 2), 1)
+    forward = kind == "forward"
     found: dict[Tile, float] = {}
-    for tile in _boxes(16):
+    for tile in _boxes(16) + _boxes(32):
         reach = (min(side + more - 1, size) for side, more, size in zip(tile, kernel, sizes, strict=True))
         z, y, x = (1 << (n - 1).bit_length() for n in reach)
         block = (z, max(y, -(-16 // (z * x))), x)  # at least what a matrix unit takes
-        keys = math.prod(block)
-        if itemsize == 2 and keys <= 128 and keys * power_of_two(d) <= 4096:
-            for stack in stacks:
-                chosen = Tile(tile, block, warps=stack, stages=stages, per_sm=8, stack=stack)
-                found[chosen] = _waste((tile[0], tile[1] * stack, tile[2]), sizes) * keys
+        keys, queries = math.prod(block), math.prod(tile)
+        if itemsize != 2 or keys > 128 or keys * power_of_two(d) > 4096:
+            continue
+        if forward:
+            # At 56 x 56, 7 x 7 and 32 channels a sweep on an H100 found two warps with loads ahead 1.4 times as fast
+            # as four without.
+            for stack in (2, 4) if queries == 16 else (1,):
+                warps = max(stack, 2)
+                per_sm = (16 if keys * power_of_two(d) <= 2048 else 8) // warps
+                chosen = Tile(tile, block, warps, stages=2, per_sm=per_sm, stack=stack)
+                found[chosen] = _waste((tile[0], tile[1] * stack, tile[2]), sizes) * keys * (1 + KEY_COST * d / queries)
+        else:
+            per_sm = 2 if queries * keys > 1024 and queries == 32 else 3 if keys > 64 else 4  # as registers allow
+            chosen = Tile(tile, block, warps=4, stages=2, per_sm=per_sm)
+            found[chosen] = _waste(tile, sizes) * keys * (1 + KEY_COST * d / queries)
     return min(found, key=lambda tile: found[tile], default=None)
+
+
+@lru_cache(maxsize=256)
+def shares(programs: int, images: int, places: int) -> int:
+    """Shares of the images for so many tiles, where so many programs run at a time: few, and none waits for a last."""
+
+    def time(count: int) -> int:
+        return -(-programs * count // places) * (-(-images // count) + START_COST)
+
+    return min(range(1, min(images, MAX_SHARES * max(1, places // programs)) + 1), key=time)
 
 
 def _waste(tile: Sides, sizes: Sides) -> float:

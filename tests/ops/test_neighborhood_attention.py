@@ -4,7 +4,7 @@ import importlib.util
 import itertools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +19,7 @@ from vizoo import ops
 from vizoo.ops import gpu, neighborhood_attention
 from vizoo.ops.neighborhood_attention import function, tiles
 from vizoo.ops.neighborhood_attention.function import FLOPS
+from vizoo.ops.neighborhood_attention.tiles import Tile
 
 HERE = Path(__file__).resolve().parent
 GOLDENS = json.loads((HERE / "goldens" / "neighborhood_attention.json").read_text())["cases"]
@@ -185,6 +186,7 @@ def tiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> An
     case = request.node.callspec.params.get("case") if hasattr(request.node, "callspec") else None
     if isinstance(case, Case) and case.places is not None:
         monkeypatch.setattr(tiles, "places", lambda d, itemsize: case.places)
+        monkeypatch.setattr(tiles, "FEWEST_IMAGES", 1)
     tiles.tiled.cache_clear()
     yield
     tiles.tiled.cache_clear()
@@ -297,6 +299,40 @@ def test_heads_of_keys_and_extra_keys_by_hand() -> None:
 def test_kernels(case: Case, dtype: torch.dtype, device: torch.device, checks: Any) -> None:
     tensors = case.tensors(dtype, device)
     checks.factor_two(case.call("triton"), case.plain, case.call("reference"), tensors)
+
+
+@pytest.mark.parametrize("stack", [1, 2])
+def test_loads_through_the_first_level_cache_change_nothing(
+    stack: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = TINY[0].tensors(torch.float16, device)
+    shape = Tile((1, 2, 8), (1, 4, 16), warps=stack, stages=2, stack=stack)
+    outputs = []
+    for near in (False, True):
+        tile = replace(shape, near=near)
+        monkeypatch.setattr(tiles, "whole", lambda *arguments, tile=tile: tile)
+        outputs.append(TINY[0].call("triton")(tensors))
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+    torch.testing.assert_close(outputs[0], TINY[0].call("reference")(tensors), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("fewest", [1, 9])
+def test_gradient_of_the_bias_is_the_same_alone(
+    fewest: int, device: torch.device, checks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few images have it made by a kernel of its own, many beside the gradient of the queries."""
+    monkeypatch.setattr(tiles, "FEWEST_IMAGES", fewest)
+    case = Case((7, 10), 3, (2, 1), heads=2, batch=5)
+    checks.factor_two(case.call("triton"), case.plain, case.call("reference"), case.tensors(torch.float16, device))
+
+
+def test_shares_of_images_fill_the_gpu() -> None:
+    for programs, images, places in itertools.product((1, 7, 56, 224, 5000), (1, 8, 128), (1, 264, 396)):
+        count = tiles.shares(programs, images, places)
+        assert 1 <= count <= images
+        rounds = math.ceil(programs * count / places)
+        assert rounds * math.ceil(images / count) <= math.ceil(programs / places) * images
+    assert tiles.shares(56, 128, 264) == 4  # one round of 224 programs; 5 shares would wait for 16 of a second
 
 
 @pytest.mark.parametrize("case", [TINY[1], TINY[5]], ids=str)
