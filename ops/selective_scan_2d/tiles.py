@@ -38,7 +38,7 @@ def states(d: int) -> Tile:
 
 def walks(d: int) -> Tile:
     """Tile of the kernel that walks all routes of an image, the alternative to `states` and `outputs`."""
-    return Tile(16, _channels(d), per_sm=4)
+    return Tile(16, _channels(d), per_sm=8)
 
 
 def walked(programs: int, states: int, multiprocessors: int) -> bool:

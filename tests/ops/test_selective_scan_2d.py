@@ -267,9 +267,9 @@ def test_images_walked_by_one_program(
 
 
 def test_images_are_walked_where_they_fill_the_card() -> None:
-    assert tiles.walked(768, 1, 132)
-    assert not tiles.walked(384, 1, 132)
-    assert not tiles.walked(768, 2, 132)
+    assert tiles.walked(1536, 1, 132)
+    assert not tiles.walked(1024, 1, 132)
+    assert not tiles.walked(1536, 2, 132)
 
 
 def test_segments_fill_the_card_and_no_more() -> None:
