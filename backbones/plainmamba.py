@@ -176,7 +176,7 @@ class SnakeMamba(nn.Module):
         low_rank, B, C = self.x_proj(x).split((self.rank, self.states, self.states), -1)
         y = selective_scan_2d(
             x, low_rank[..., None, :], rates(self.A_log)[None], B[..., None, :], C[..., None, :], self.D[None],
-            delta_weight=self.dt_proj.weight[None],
+            delta_weight=self.dt_proj.weight[None].to(low_rank.dtype),  # as autocast has it for layers
             delta_bias=2 * self.dt_proj.bias[None],  # once by the projection, once by the scan
             routes=CONTINUOUS_ROUTES,
             routed_parameters=False,

@@ -609,7 +609,7 @@ def _route_gradients(
             if weight is None:
                 target, pitch = grad_delta + whole * K + k * d, K * d
             else:
-                target, pitch = grad_delta + ((k * images).to(tl.int64) + image) * (H * W) * d, d
+                target, pitch = grad_delta + (image + k * images) * (H * W) * d, d
             tl.store(_spots(target, row * pitch, channel), by_steps.to(grad_delta.dtype.element_ty), mask=mask)
         else:
             sums = tl.dot(by_steps, wide, sums, input_precision=TOKEN_PRECISION)
