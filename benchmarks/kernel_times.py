@@ -45,5 +45,7 @@ def kernels(step: Step, device: torch.device) -> list[Kernel]:
 
 
 def longest(step: Step, device: torch.device) -> list[str]:
-    """Lines about the kernels that take the most time."""
-    return [str(kernel) for kernel in kernels(step, device)[:PROFILED]]
+    """Lines about the kernels that take the most time, and one about all of them."""
+    found = kernels(step, device)
+    total = Kernel("all kernels", sum(each.milliseconds for each in found), sum(each.launches for each in found))
+    return [str(each) for each in (total, *found[:PROFILED])]
