@@ -60,6 +60,12 @@ WRITTEN = {
     "selective_scan": [["to_B", "to_C"], ["out", "states"], ["to_B", "to_C"], SCAN_GRADIENTS],
     "selective_scan, last state": [["to_B", "to_C"], ["last", "out", "states"], ["to_B", "to_C"], SCAN_GRADIENTS],
     "selective_scan_2d": [["out"], ["out"], ["out"], ["grad_x", "parameter_parts", "token_parts"]],
+    "selective_scan_2d, wide steps": [
+        ["out"],
+        ["out"],
+        ["out"],
+        ["grad_delta", "grad_x", "parameter_parts", "token_parts"],
+    ],
     "selective_scan_2d, two orders": [
         ["out"],
         ["out"],

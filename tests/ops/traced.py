@@ -146,11 +146,11 @@ def gated_form(both: bool, tokens: int) -> tuple[Callable[..., Tensor], list[Ten
     return run, leaves(vectors, vectors, (2, tokens, 2, 8), vectors, vectors if both else (2, 2, 16, 8))
 
 
-def map_sizes(states: int) -> list[tuple[int, ...]]:
-    """Of a map with 40 channels, and of what two routes over it need."""
+def map_sizes(states: int, rank: int = 3) -> list[tuple[int, ...]]:
+    """Of a map with 40 channels, and of what two routes over it need, whose steps are projected from so many numbers."""
     pixels, each = (2, 9, 7), (2, 40)
     token = (*pixels, 2, states)
-    return [(*pixels, 40), (*pixels, 2, 3), (*each, states), token, token, each, (*each, 3)]
+    return [(*pixels, 40), (*pixels, 2, rank), (*each, states), token, token, each, (*each, rank)]
 
 
 def routed(codes: list[int]) -> Callable[..., Tensor]:
@@ -184,6 +184,7 @@ def main() -> None:
         "selective_scan": (scanned(False), leaves(*scan_sizes(1))),
         "selective_scan, last state": (scanned(True), leaves(*scan_sizes(3))),
         "selective_scan_2d": (routed([0, 2]), leaves(*map_sizes(1))),
+        "selective_scan_2d, wide steps": (routed([0, 2]), leaves(*map_sizes(1, 15))),
         "selective_scan_2d, two orders": (routed([1, 4]), leaves(*map_sizes(2))),
         "state_space_dual": dual_form(False, 1000, True),
         "state_space_dual, causal": dual_form(True, 64, True),
