@@ -20,11 +20,13 @@ class Tile(NamedTuple):
         rows: Tokens that a program holds at a time, a power of two from 16 on.
         warps: Warps of a program.
         stages: Loop iterations whose loads are in flight at once.
+        registers: What a thread may have; 0 for as many as the compiler likes.
     """
 
     rows: int
     warps: int
     stages: int = 1
+    registers: int = 0
 
 
 def power_of_two(n: int) -> int:
@@ -43,10 +45,15 @@ def _size(dk: int, dv: int) -> int:
 
 @lru_cache
 def outputs(dk: int, dv: int, half: bool) -> Tile:
-    """Tile of the kernel that has tokens read states and each other. Longer tiles leave fewer states to be kept."""
+    """Tile of the kernel that walks with a state and makes the output.
+
+    Its registers are bounded so that walks wait side by side, six of two warps or four of four for a multiprocessor;
+    what does not fit belongs to the steps by halves, which few inputs take.
+    """
+    small = _size(dk, dv) <= 2048
     if half:
-        return Tile(32, 2 if _size(dk, dv) <= 2048 else 4)
-    return Tile(16, 2 if _size(dk, dv) <= 2048 else 4)
+        return Tile(32, 2, 2, 168) if small else Tile(32, 4, 2, 128 if _size(dk, dv) <= 4096 else 0)
+    return Tile(16, 2 if small else 4)
 
 
 @lru_cache
