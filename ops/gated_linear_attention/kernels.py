@@ -146,12 +146,13 @@ def _product(a, b, OPERAND: tl.constexpr):
 
 @triton.jit
 def _sums(ones, value, OPERAND: tl.constexpr):
-    """Sums over rows, of those that have ones. In half precision value comes in two parts: all of it counts."""
+    """Sums over rows, of those that have ones. In half precision value comes in two parts of eight bits and more."""
     if tl.float32 == OPERAND:
         return tl.dot(ones, value, input_precision="tf32x3")
-    high = value.to(OPERAND)
-    low = (value - high.to(tl.float32)).to(OPERAND)
-    return tl.dot(ones.to(OPERAND), low, tl.dot(ones.to(OPERAND), high))
+    # Cut off, not rounded: a logical operation, where a conversion takes as long as an exponential.
+    high = (value.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    low = (value - high).to(OPERAND)
+    return tl.dot(ones.to(OPERAND), low, tl.dot(ones.to(OPERAND), high.to(OPERAND)))
 
 
 @triton.jit
@@ -364,10 +365,12 @@ def _walk(
             else:
                 result, state = _in_one_step(query, key, value, a, change, place, state, OPERAND)
                 least = tl.minimum(least, change)
-            result *= tl.cast(scale, tl.float32)
             if direction == 1:
                 result += _tile(part, start, tokens, pitch, DV, BLOCK_V, ROWS)
-            _put(part if direction < DIRECTIONS - 1 else out, result, start, tokens, pitch, DV)
+            if direction == DIRECTIONS - 1:
+                _put(out, result * tl.cast(scale, tl.float32), start, tokens, pitch, DV)
+            else:
+                _put(part, result, start, tokens, pitch, DV)
         if ends is not None:
             _put_state(ends, state, index + direction * HEADS, DK, DV)
         tl.debug_barrier()  # what some threads wrote others read

@@ -85,11 +85,6 @@ class _Call:
         self._states(left, right, starts, kept, None, None, starts.shape[1], length, gradient)
         return kept, last
 
-    def limited(self, kernel: Any) -> tuple[Any, dict[str, int]]:
-        """The kernel to be launched, and the option that bounds its registers: torch's compilers do not know that."""
-        seen = launchable(kernel)
-        return seen, {"maxnreg": self.tile.registers} if seen is kernel and self.tile.registers else {}
-
     def length(self, directions: int) -> int:
         """Of the chunks that sequences are cut in, if programs take one of so many directions each."""
         walks = self.batch * self.heads * directions
@@ -122,12 +117,19 @@ class _Call:
         length: int,
         gradient: bool,
     ) -> None:
-        tile = tiles.states(self.dk, self.dv, self.half, self.rows)
-        launchable(kernels.states)[(self.batch * chunks * self.directions * self.heads,)](
+        kernel, options = _launched(kernels.states, tiles.states(self.dk, self.dv, self.half, self.rows))
+        kernel[(self.batch * chunks * self.directions * self.heads,)](
             left, right, self.decay, self.reverse_decay, starts, kept, ends, decays, self.tokens, chunks, length,
             *self.factors, *left.stride()[:3], *right.stride()[:3], *self.decay.stride()[:3],
-            GRADIENT=int(gradient), **self.constants, num_warps=tile.warps, num_stages=tile.stages,
+            GRADIENT=int(gradient), **self.constants, **options,
         )  # fmt: skip
+
+
+def _launched(kernel: Any, tile: tiles.Tile) -> tuple[Any, dict[str, int]]:
+    """A kernel as it is to be launched, and how. Torch's compilers cannot pass on that registers are bounded."""
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    seen = launchable(kernel)
+    return seen, options | {"maxnreg": tile.registers} if tile.registers and seen is kernel else options
 
 
 def forward(
@@ -156,10 +158,10 @@ def forward(
         # What the first of two directions leaves for the second one.
         part = None if one else out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
         chunks = (call.tokens + length - 1) // length
-        kernel, limit = call.limited(kernels.outputs)
+        kernel, options = _launched(kernels.outputs, call.tile)
         kernel[(call.batch * chunks * call.heads,)](
             *call.inputs, starts, part, out, ends, call.tokens, chunks, length, *call.factors, *call.strides,
-            **call.levels, **call.constants, STAGES=call.tile.stages, num_warps=call.tile.warps, **limit,
+            **call.levels, **call.constants, STAGES=call.tile.stages, **options,
         )  # fmt: skip
     return out, last.squeeze(1) if one else q.new_empty(0, dtype=torch.float32)
 
@@ -187,11 +189,11 @@ def backward(
         with gpu.on(q.device):
             kept, _ = call.walked(call.k, call.v, _wide(initial), end=False)
             after, grad_initial = call.walked(call.q, grad_out, _wide(grad_state), initial is not None, gradient=True)
-            kernel, limit = call.limited(kernels.gradients)
+            kernel, options = _launched(kernels.gradients, call.tile)
             kernel[(call.batch * call.tiles * call.heads,)](
                 grad_out, *call.inputs, kept, after, grad_q, grad_k, grad_v, grad_decay, grad_reverse,
                 call.tokens, *call.factors, *call.strides,
-                **call.levels, **call.constants, num_warps=call.tile.warps, num_stages=call.tile.stages, **limit,
+                **call.levels, **call.constants, **options,
             )  # fmt: skip
     elif initial is not None:
         grad_initial = _unchanged(call, grad_state)
