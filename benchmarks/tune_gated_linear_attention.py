@@ -2,10 +2,10 @@
 
 python benchmarks/tune_gated_linear_attention.py [--quick] [--shapes 0 2 6] [--kinds outputs gradients states chunk]
 
-Each kernel is swept with the others as they are: `outputs` by the time of the forward pass, the rest by that of the
-backward pass, which walks twice, and `chunk`, how long the chunks are that sequences are cut in, by that of either.
-The rows of `gradients` are those of the walks of its pass, too. `--quick` tries only what is likely, in device time of
-a CUDA graph: some twenty compilations for each shape.
+Each kernel is swept with the others as they are: `outputs` by the time of the forward pass, `gradients` by that of the
+backward pass, `states` and `chunk`, how long the chunks are that sequences are cut in, by that of either. The rows of
+`outputs` and `gradients` are those of the walks of `states` in their pass, too. `--quick` tries only what is likely, in
+device time of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def chooser(kind: str, choice: Any) -> Callable[..., Any]:
 
 def passes(kind: str) -> tuple[str, ...]:
     """By whose time one of `KINDS` is judged."""
-    return {"outputs": ("forward",), "chunk": ("forward", "backward")}.get(kind, ("backward",))
+    return {"outputs": ("forward",), "gradients": ("backward",)}.get(kind, ("forward", "backward"))
 
 
 def timed(run: Callable[[], Any], quick: bool) -> float:

@@ -155,8 +155,9 @@ def forward(
             starts, last = call.joined(call.k, call.v, starts, length)
         elif one:
             last = ends = call.state_like()
-        # What the first of two directions leaves for the second one.
-        part = None if one else out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+        # What the first of two directions leaves for the second one. Never `out` itself: tracers, which see a kernel's
+        # changes by the names of its arguments, would take it for two tensors.
+        part = None if one else torch.empty_like(out, dtype=torch.float32)
         chunks = (call.tokens + length - 1) // length
         kernel, options = _launched(kernels.outputs, call.tile)
         kernel[(call.batch * chunks * call.heads,)](
