@@ -128,21 +128,13 @@ def _after(place):
 
 
 @triton.jit
-def _steps(a, LEVELS: tl.constexpr):
-    """Whether (1 or 0) little fades in a tile, and in how many steps its tokens see each other."""
-    little = (tl.min(tl.sum(a, 0), 0) >= LITTLE).to(tl.int32)
-    return little, LEVELS - little * (LEVELS - 1)
-
-
-@triton.jit
-def _step(place, level, little):
-    """Ones for tokens whose decays lie between each one and the middle of its block, or where little fades the start of
-    the tile; and which pairs of tokens a step joins."""
+def _step(place, level):
+    """Ones for tokens whose decays lie between each one and the middle of its block, and which pairs of tokens this
+    level joins."""
     own, other = place[:, None], place[None, :]
-    apart = ((own ^ other) >> level) * (1 - little)
-    right = ((own >> level) & 1) | little
-    between = (apart == 0) & ((own >= other) == (right == 1))
-    return tl.where(between, 1.0, 0.0), (apart == 1 - little) & (own > other)
+    apart = (own ^ other) >> level
+    between = (apart == 0) & ((own >= other) == (((own >> level) & 1) == 1))
+    return tl.where(between, 1.0, 0.0), (apart == 1) & (own > other)
 
 
 @triton.jit
@@ -154,12 +146,13 @@ def _product(a, b, OPERAND: tl.constexpr):
 
 @triton.jit
 def _sums(ones, value, OPERAND: tl.constexpr):
-    """Sums over rows, of those that have ones. In half precision value comes in two parts: all of it counts."""
+    """Sums over rows, of those that have ones. In half precision value comes in two parts of eight bits and more."""
     if tl.float32 == OPERAND:
         return tl.dot(ones, value, input_precision="tf32x3")
-    high = value.to(OPERAND)
-    low = (value - high.to(tl.float32)).to(OPERAND)
-    return tl.dot(ones.to(OPERAND), low, tl.dot(ones.to(OPERAND), high))
+    # Cut off, not rounded: a logical operation, where a conversion takes as long as an exponential.
+    high = (value.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    low = (value - high).to(OPERAND)
+    return tl.dot(ones.to(OPERAND), low, tl.dot(ones.to(OPERAND), high.to(OPERAND)))
 
 
 @triton.jit
@@ -288,16 +281,116 @@ def scan(
     tl.store(last + walk * (DK * DV) + lane, state, mask=real)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
+def _in_one_step(query, key, value, a, change, place, state, OPERAND: tl.constexpr):
+    """What tokens of a tile within which little fades read in the state that it finds, and see of each other, and the
+    state that it leaves."""
+    pairs = place[:, None] >= place[None, :]
+    time = tl.maximum(_sums(tl.where(pairs, 1.0, 0.0), a, OPERAND), LITTLE)
+    queries, keys = (query * tl.exp2(time)).to(OPERAND), (key * tl.exp2(-time)).to(OPERAND)
+    scores = tl.where(pairs, _product(queries, tl.trans(keys), OPERAND), 0.0)
+    result = _product(queries, state, OPERAND) + _product(scores, value, OPERAND)
+    return result, (state + _product(tl.trans(keys), value, OPERAND)) * tl.exp2(change)[:, None]
+
+
+@triton.jit
+def _by_halves(query, key, value, a, change, place, state, LEVELS: tl.constexpr, OPERAND: tl.constexpr):
+    """The same where more may fade."""
+    own = place[:, None] == place[None, :]
+    scores = tl.where(own, _product(query, tl.trans(key), OPERAND), 0.0)
+    for level in range(LEVELS):
+        between, pairs = _step(place, level)
+        left = tl.exp2(_sums(between, a, OPERAND))
+        scores = tl.where(pairs, _product(query * left, tl.trans(key * left), OPERAND), scores)
+    queries = query * tl.exp2(_sums(_until(place), a, OPERAND))
+    result = _product(queries, state, OPERAND) + _product(scores, value, OPERAND)
+    keys = key * tl.exp2(_sums(_after(place), a, OPERAND))
+    return result, state * tl.exp2(change)[:, None] + _product(tl.trans(keys), value, OPERAND)
+
+
+@triton.jit
+def _walk(
+    q,
+    k,
+    v,
+    decay,
+    reverse_decay,
+    starts,
+    part,
+    out,
+    ends,
+    index,
+    tokens,
+    begin,
+    count,
+    scale,
+    inverse,
+    q_token,
+    k_token,
+    v_token,
+    decay_token,
+    HEADS: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    STAGES: tl.constexpr,
+    STRONG: tl.constexpr,
+):
+    """The walks of `outputs`, one after the other; returns what faded at most within a tile."""
+    pitch: tl.constexpr = HEADS * DV
+    least = tl.zeros((BLOCK_K,), tl.float32)
+    for direction in tl.static_range(DIRECTIONS):
+        source = decay if direction == 0 else reverse_decay
+        backwards = (direction + REVERSE) % 2
+        place = _places(backwards, ROWS)
+        state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+        if starts is not None:
+            state = _state(starts, index + direction * HEADS, DK, DV, BLOCK_K, BLOCK_V)
+        for step in tl.range(count, num_stages=STAGES):
+            start = begin + (step + backwards * (count - 1 - 2 * step)) * ROWS
+            a, _ = _log_decay(source, start, tokens, decay_token, inverse, DK, BLOCK_K, ROWS, NORMALIZED)
+            change = tl.sum(a, 0)
+            query = _tile(q, start, tokens, q_token, DK, BLOCK_K, ROWS).to(tl.float32)
+            key = _tile(k, start, tokens, k_token, DK, BLOCK_K, ROWS).to(tl.float32)
+            value = _tile(v, start, tokens, v_token, DV, BLOCK_V, ROWS)
+            if STRONG:
+                result, state = _by_halves(query, key, value, a, change, place, state, LEVELS, OPERAND)
+            else:
+                result, state = _in_one_step(query, key, value, a, change, place, state, OPERAND)
+                least = tl.minimum(least, change)
+            if direction == 1:
+                result += _tile(part, start, tokens, pitch, DV, BLOCK_V, ROWS)
+            if direction == DIRECTIONS - 1:
+                _put(out, result * tl.cast(scale, tl.float32), start, tokens, pitch, DV)
+            else:
+                _put(part, result, start, tokens, pitch, DV)
+        if ends is not None:
+            _put_state(ends, state, index + direction * HEADS, DK, DV)
+        tl.debug_barrier()  # what some threads wrote others read
+    return tl.min(least, 0)
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks", "length"])
 def outputs(
     q,
     k,
     v,
     decay,
     reverse_decay,
-    kept,
+    starts,
+    part,
     out,
+    ends,
     tokens,
+    chunks,
+    length,
     scale,
     inverse,
     q_batch,
@@ -323,35 +416,154 @@ def outputs(
     REVERSE: tl.constexpr,
     NORMALIZED: tl.constexpr,
     OPERAND: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Output of a tile: what its tokens read in the states that it finds, and what they see of each other."""
+    """Walks through a chunk with a state, from `starts` or from nothing, and makes the output: what tokens read in the
+    state that their tile finds, and what they see of each other.
+
+    Both directions come one after the other: the first one leaves its share in `part`, in float32. The walks take
+    tiles in one step, and once more by halves if that was too much for one of them.
+    """
     program = tl.program_id(0)
-    tiles = (tokens + ROWS - 1) // ROWS
-    head, image = tl.cast(program % HEADS, tl.int64), tl.cast(program // HEADS // tiles, tl.int64)
-    tile = program // HEADS % tiles
-    start = tile * ROWS
-    query = _tile(q + image * q_batch + head * q_head, start, tokens, q_token, DK, BLOCK_K, ROWS).to(tl.float32)
-    key = _tile(k + image * k_batch + head * k_head, start, tokens, k_token, DK, BLOCK_K, ROWS).to(tl.float32)
-    value = _tile(v + image * v_batch + head * v_head, start, tokens, v_token, DV, BLOCK_V, ROWS)
-    result = (DIRECTIONS * tl.sum(query * key, 1))[:, None] * value.to(tl.float32)
+    head, chunk = tl.cast(program % HEADS, tl.int64), program // HEADS % chunks
+    image = tl.cast(program // HEADS // chunks, tl.int64)
+    q += image * q_batch + head * q_head
+    k += image * k_batch + head * k_head
+    v += image * v_batch + head * v_head
+    decay += image * decay_batch + head * decay_head
+    out += image * tokens * (HEADS * DV) + head * DV
+    if DIRECTIONS == 2:
+        reverse_decay += image * decay_batch + head * decay_head
+        part += image * tokens * (HEADS * DV) + head * DV
+    begin = chunk * length
+    count = (tl.minimum(begin + length, tokens) - begin + ROWS - 1) // ROWS
+    index = (image * chunks + chunk) * (DIRECTIONS * HEADS) + head
+    least = _walk(
+        q, k, v, decay, reverse_decay, starts, part, out, ends, index, tokens, begin, count, scale, inverse,
+        q_token, k_token, v_token, decay_token, HEADS, DK, DV, BLOCK_K, BLOCK_V, ROWS, LEVELS, DIRECTIONS, REVERSE,
+        NORMALIZED, OPERAND, STAGES, STRONG=False,
+    )  # fmt: skip
+    if least < LITTLE:
+        _walk(
+            q, k, v, decay, reverse_decay, starts, part, out, ends, index, tokens, begin, count, scale, inverse,
+            q_token, k_token, v_token, decay_token, HEADS, DK, DV, BLOCK_K, BLOCK_V, ROWS, LEVELS, DIRECTIONS, REVERSE,
+            NORMALIZED, OPERAND, 1, STRONG=True,
+        )  # fmt: skip
+
+
+@triton.jit
+def _gradients(
+    grad_out,
+    q,
+    k,
+    v,
+    decay,
+    reverse_decay,
+    kept,
+    grad_kept,
+    grad_q,
+    grad_k,
+    grad_v,
+    grad_decay,
+    grad_reverse_decay,
+    index,
+    start,
+    tokens,
+    scale,
+    inverse,
+    q_token,
+    k_token,
+    v_token,
+    decay_token,
+    HEADS: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    REVERSE: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    OPERAND: tl.constexpr,
+    STRONG: tl.constexpr,
+):
+    """What `gradients` does, in one step or (STRONG) by halves; returns what faded at most within the tile."""
+    pitch_k: tl.constexpr = HEADS * DK
+    pitch_v: tl.constexpr = HEADS * DV
+    factor = tl.cast(scale, tl.float32)
+    query = _tile(q, start, tokens, q_token, DK, BLOCK_K, ROWS).to(tl.float32)
+    key = _tile(k, start, tokens, k_token, DK, BLOCK_K, ROWS).to(tl.float32)
+    value = _tile(v, start, tokens, v_token, DV, BLOCK_V, ROWS)
+    grad = _tile(grad_out, start, tokens, pitch_v, DV, BLOCK_V, ROWS)
+    by_score = _product(grad, tl.trans(value), OPERAND) * factor
+    by_query = tl.zeros((ROWS, BLOCK_K), tl.float32)
+    by_key = tl.zeros((ROWS, BLOCK_K), tl.float32)
+    by_value = tl.zeros((ROWS, BLOCK_V), tl.float32)
     scores = tl.zeros((ROWS, ROWS), tl.float32)
+    least = 0.0
     for direction in tl.static_range(DIRECTIONS):
         source = decay if direction == 0 else reverse_decay
-        place = _places(direction + REVERSE, ROWS)
-        source += image * decay_batch + head * decay_head
-        a, _ = _log_decay(source, start, tokens, decay_token, inverse, DK, BLOCK_K, ROWS, NORMALIZED)
-        little, steps = _steps(a, LEVELS)
-        for level in range(steps):
-            between, pairs = _step(place, level, little)
-            time = _sums(between, a, OPERAND)
-            queries, keys = query * tl.exp2(time), key * tl.exp2((1.0 - 2.0 * little) * time)
-            scores = tl.where(pairs, _product(queries, tl.trans(keys), OPERAND), scores)
-        index = (image * tiles + tile) * (HEADS * DIRECTIONS) + direction * HEADS + head
-        state = _state(kept, index, DK, DV, BLOCK_K, BLOCK_V)
-        result += _product(query * tl.exp2(_sums(_until(place), a, OPERAND)), state, OPERAND)
-    result += _product(scores, value, OPERAND)
-    result *= tl.cast(scale, tl.float32)
-    _put(out + image * tokens * (HEADS * DV) + head * DV, result, start, tokens, HEADS * DV, DV)
+        place = _places((direction + REVERSE) % 2, ROWS)
+        until, pairs = _until(place), place[:, None] >= place[None, :]
+        a, slope = _log_decay(source, start, tokens, decay_token, inverse, DK, BLOCK_K, ROWS, NORMALIZED)
+        change = tl.sum(a, 0)
+        least = tl.minimum(least, tl.min(change, 0))
+        state = _state(kept, index + direction * HEADS, DK, DV, BLOCK_K, BLOCK_V)
+        grad_state = _state(grad_kept, index + direction * HEADS, DK, DV, BLOCK_K, BLOCK_V)
+        # What passes through the tile, what it reads, and what it adds.
+        through = tl.exp2(change) * tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 1)
+        read = _product(grad, tl.trans(state), OPERAND) * factor
+        time = _sums(until, a, OPERAND)
+        left = tl.exp2(time)
+        if STRONG:
+            brought = tl.exp2(_sums(_after(place), a, OPERAND))
+        else:
+            brought = tl.exp2(change[None, :] - time)
+        added = _product(value, tl.trans(grad_state), OPERAND) * brought
+        by_value += _product(key * brought, grad_state, OPERAND)
+        by_key += added
+        by_decay = through[None, :] + _sums(tl.trans(_after(place)), key * added, OPERAND)
+        if STRONG:
+            by_query += read * left
+            by_decay += _sums(tl.trans(until), query * left * read, OPERAND)
+            own = place[:, None] == place[None, :]
+            each = tl.where(own, by_score, 0.0)
+            by_query += _product(each, key, OPERAND)
+            by_key += _product(each, query, OPERAND)
+            scores += tl.where(own, _product(query, tl.trans(key), OPERAND), 0.0)
+            for level in range(LEVELS):
+                between, joined = _step(place, level)
+                near = tl.exp2(_sums(between, a, OPERAND))
+                queries, keys = (query * near).to(OPERAND), (key * near).to(OPERAND)
+                scores += tl.where(joined, _product(queries, tl.trans(keys), OPERAND), 0.0)
+                each = tl.where(joined, by_score, 0.0)
+                part = _product(each, keys, OPERAND)
+                by_query += part * near
+                moved = queries.to(tl.float32) * part
+                part = _product(tl.trans(each), queries, OPERAND)
+                by_key += part * near
+                moved += keys.to(tl.float32) * part
+                by_decay += _sums(tl.trans(between), moved, OPERAND)
+        else:
+            back = tl.exp2(-tl.maximum(time, LITTLE))
+            # Rounded once for all uses: then pairs that are not to change a decay cancel in what follows.
+            queries, keys = (query * left).to(OPERAND), (key * back).to(OPERAND)
+            scores += tl.where(pairs, _product(queries, tl.trans(keys), OPERAND), 0.0)
+            each = tl.where(pairs, by_score, 0.0).to(OPERAND)
+            part = read + _product(each, keys, OPERAND)
+            by_query += part * left
+            moved = queries.to(tl.float32) * part
+            part = _product(tl.trans(each), queries, OPERAND)
+            by_key += part * back
+            moved -= keys.to(tl.float32) * part
+            by_decay += _sums(tl.trans(until), moved, OPERAND)
+        _put(grad_decay if direction == 0 else grad_reverse_decay, by_decay * slope, start, tokens, pitch_k, DK)
+    by_value += _product(tl.trans(scores), grad, OPERAND) * factor
+    _put(grad_q, by_query, start, tokens, pitch_k, DK)
+    _put(grad_k, by_key, start, tokens, pitch_k, DK)
+    _put(grad_v, by_value, start, tokens, pitch_v, DV)
+    return least
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -401,59 +613,26 @@ def gradients(
     tiles = (tokens + ROWS - 1) // ROWS
     head, image = tl.cast(program % HEADS, tl.int64), tl.cast(program // HEADS // tiles, tl.int64)
     tile = program // HEADS % tiles
-    start, factor = tile * ROWS, tl.cast(scale, tl.float32)
-    query = _tile(q + image * q_batch + head * q_head, start, tokens, q_token, DK, BLOCK_K, ROWS).to(tl.float32)
-    key = _tile(k + image * k_batch + head * k_head, start, tokens, k_token, DK, BLOCK_K, ROWS).to(tl.float32)
-    value = _tile(v + image * v_batch + head * v_head, start, tokens, v_token, DV, BLOCK_V, ROWS)
-    grad_out += image * tokens * (HEADS * DV) + head * DV
-    grad = _tile(grad_out, start, tokens, HEADS * DV, DV, BLOCK_V, ROWS)
-    by_score = _product(grad, tl.trans(value), OPERAND) * factor
-    diagonal = (DIRECTIONS * factor * tl.sum(grad.to(tl.float32) * value.to(tl.float32), 1))[:, None]
-    by_query, by_key = diagonal * key, diagonal * query
-    by_value = (DIRECTIONS * factor * tl.sum(query * key, 1))[:, None] * grad.to(tl.float32)
-    scores = tl.zeros((ROWS, ROWS), tl.float32)
-    pitch_k: tl.constexpr = HEADS * DK
-    vectors = image * tokens * pitch_k + head * DK
-    for direction in tl.static_range(DIRECTIONS):
-        source, target = decay, grad_decay
-        if direction == 1:
-            source, target = reverse_decay, grad_reverse_decay
-        place = _places(direction + REVERSE, ROWS)
-        source += image * decay_batch + head * decay_head
-        a, slope = _log_decay(source, start, tokens, decay_token, inverse, DK, BLOCK_K, ROWS, NORMALIZED)
-        index = (image * tiles + tile) * (HEADS * DIRECTIONS) + direction * HEADS + head
-        state = _state(kept, index, DK, DV, BLOCK_K, BLOCK_V)
-        grad_state = _state(grad_kept, index, DK, DV, BLOCK_K, BLOCK_V)
-        # What passes through the tile, then what it reads, and what it adds.
-        through = tl.exp2(tl.sum(a, 0)) * tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 1)
-        left = tl.exp2(_sums(_until(place), a, OPERAND))
-        part = _product(grad, tl.trans(state), OPERAND) * left * factor
-        by_query += part
-        by_decay = through[None, :] + _sums(tl.trans(_until(place)), query * part, OPERAND)
-        left = tl.exp2(_sums(_after(place), a, OPERAND))
-        part = _product(value, tl.trans(grad_state), OPERAND) * left
-        by_key += part
-        by_decay += _sums(tl.trans(_after(place)), key * part, OPERAND)
-        by_value += _product(key * left, grad_state, OPERAND)
-        little, steps = _steps(a, LEVELS)
-        for level in range(steps):
-            between, pairs = _step(place, level, little)
-            time = _sums(between, a, OPERAND)
-            sign = 1.0 - 2.0 * little
-            left, brought = tl.exp2(time), tl.exp2(sign * time)
-            # Rounded once for all uses: then pairs that are not to change a decay cancel in what follows.
-            queries, keys = (query * left).to(OPERAND), (key * brought).to(OPERAND)
-            scores = tl.where(pairs, _product(queries, tl.trans(keys), OPERAND), scores)
-            each = tl.where(pairs, by_score, 0.0).to(OPERAND)
-            part = _product(each, keys, OPERAND)
-            by_query += part * left
-            change = queries.to(tl.float32) * part
-            part = _product(tl.trans(each), queries, OPERAND)
-            by_key += part * brought
-            change += sign * keys.to(tl.float32) * part
-            by_decay += _sums(tl.trans(between), change, OPERAND)
-        _put(target + vectors, by_decay * slope, start, tokens, pitch_k, DK)
-    by_value += _product(tl.trans(scores), grad, OPERAND) * factor
-    _put(grad_q + vectors, by_query, start, tokens, pitch_k, DK)
-    _put(grad_k + vectors, by_key, start, tokens, pitch_k, DK)
-    _put(grad_v + image * tokens * (HEADS * DV) + head * DV, by_value, start, tokens, HEADS * DV, DV)
+    keys, values = image * tokens * (HEADS * DK) + head * DK, image * tokens * (HEADS * DV) + head * DV
+    index = (image * tiles + tile) * (HEADS * DIRECTIONS) + head
+    q += image * q_batch + head * q_head
+    k += image * k_batch + head * k_head
+    v += image * v_batch + head * v_head
+    decay += image * decay_batch + head * decay_head
+    grad_decay += keys
+    if DIRECTIONS == 2:
+        reverse_decay += image * decay_batch + head * decay_head
+        grad_reverse_decay += keys
+    least = _gradients(
+        grad_out + values, q, k, v, decay, reverse_decay, kept, grad_kept, grad_q + keys, grad_k + keys,
+        grad_v + values, grad_decay, grad_reverse_decay, index, tile * ROWS, tokens, scale, inverse,
+        q_token, k_token, v_token, decay_token, HEADS, DK, DV, BLOCK_K, BLOCK_V, ROWS, LEVELS, DIRECTIONS, REVERSE,
+        NORMALIZED, OPERAND, STRONG=False,
+    )  # fmt: skip
+    if least < LITTLE:
+        _gradients(
+            grad_out + values, q, k, v, decay, reverse_decay, kept, grad_kept, grad_q + keys, grad_k + keys,
+            grad_v + values, grad_decay, grad_reverse_decay, index, tile * ROWS, tokens, scale, inverse,
+            q_token, k_token, v_token, decay_token, HEADS, DK, DV, BLOCK_K, BLOCK_V, ROWS, LEVELS, DIRECTIONS, REVERSE,
+            NORMALIZED, OPERAND, STRONG=True,
+        )  # fmt: skip

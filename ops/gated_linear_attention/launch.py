@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -61,7 +62,6 @@ class _Call:
             "OPERAND": operand,
             "ROWS": self.rows,
         }
-        self.launch = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
         self.levels = {"LEVELS": self.rows.bit_length() - 1}
         self.inputs = self.q, self.k, self.v, self.decay, self.reverse_decay
         self.strides = [stride for each in (self.q, self.k, self.v, self.decay) for stride in each.stride()[:3]]
@@ -76,23 +76,34 @@ class _Call:
     ) -> tuple[Tensor, Tensor | None]:
         """The state that each tile finds (or gradients, of what each leaves), and if asked for the one at the end."""
         kept = self.state_like(self.tiles, dtype=self.kept_dtype)
-        walks = self.batch * self.directions * self.heads
-        length = tiles.chunk(self.tokens, walks, self.rows, gpu.multiprocessors(left.device))
+        length = self.length(self.directions)
         if length >= self.tokens:
             last = self.state_like() if end else None
             self._states(left, right, start, kept, last, None, 1, length, gradient)
             return kept, last
+        starts, last = self.joined(left, right, start, length, gradient)
+        self._states(left, right, starts, kept, None, None, starts.shape[1], length, gradient)
+        return kept, last
+
+    def length(self, directions: int) -> int:
+        """Of the chunks that sequences are cut in, if programs take one of so many directions each."""
+        walks = self.batch * self.heads * directions
+        return tiles.chunk(self.tokens, walks, self.rows, gpu.multiprocessors(self.q.device))
+
+    def joined(
+        self, left: Tensor, right: Tensor, start: Tensor | None, length: int, gradient: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The state that each chunk finds, and the one at the end."""
         chunks = (self.tokens + length - 1) // length
         parts = self.state_like(chunks)
         decays, last = parts.new_empty(parts.shape[:-1]), self.state_like()
         self._states(left, right, None, None, parts, decays, chunks, length, gradient)
-        blocks = -(-self.dk * self.dv // tiles.SCANNED)
-        launchable(kernels.scan)[(walks * blocks,)](
+        blocks = self.batch * self.directions * self.heads * -(-self.dk * self.dv // tiles.SCANNED)
+        launchable(kernels.scan)[(blocks,)](
             parts, decays, start, last, chunks,
             **self.sizes, **self.order, BLOCK=tiles.SCANNED, GRADIENT=int(gradient), num_warps=tiles.SCANNED // 64,
         )  # fmt: skip
-        self._states(left, right, parts, kept, None, None, chunks, length, gradient)
-        return kept, last
+        return parts, last
 
     def _states(
         self,
@@ -106,12 +117,19 @@ class _Call:
         length: int,
         gradient: bool,
     ) -> None:
-        tile = tiles.states(self.dk, self.dv, self.half, self.rows)
-        launchable(kernels.states)[(self.batch * chunks * self.directions * self.heads,)](
+        kernel, options = _launched(kernels.states, tiles.states(self.dk, self.dv, self.half, self.rows))
+        kernel[(self.batch * chunks * self.directions * self.heads,)](
             left, right, self.decay, self.reverse_decay, starts, kept, ends, decays, self.tokens, chunks, length,
             *self.factors, *left.stride()[:3], *right.stride()[:3], *self.decay.stride()[:3],
-            GRADIENT=int(gradient), **self.constants, num_warps=tile.warps, num_stages=tile.stages,
+            GRADIENT=int(gradient), **self.constants, **options,
         )  # fmt: skip
+
+
+def _launched(kernel: Any, tile: tiles.Tile) -> tuple[Any, dict[str, int]]:
+    """A kernel as it is to be launched, and how. Torch's compilers cannot pass on that registers are bounded."""
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    seen = launchable(kernel)
+    return seen, options | {"maxnreg": tile.registers} if tile.registers and seen is kernel else options
 
 
 def forward(
@@ -132,12 +150,21 @@ def forward(
     if not out.numel():
         return out, _unchanged(call, initial) if one else q.new_empty(0, dtype=torch.float32)
     with gpu.on(q.device):
-        kept, last = call.walked(call.k, call.v, _wide(initial), end=one)
-        launchable(kernels.outputs)[(call.batch * call.tiles * call.heads,)](
-            *call.inputs, kept, out, call.tokens, *call.factors, *call.strides,
-            **call.levels, **call.constants, **call.launch,
+        length, starts, ends = call.length(1), _wide(initial), None
+        if length < call.tokens:
+            starts, last = call.joined(call.k, call.v, starts, length)
+        elif one:
+            last = ends = call.state_like()
+        # What the first of two directions leaves for the second one. Never `out` itself: tracers, which see a kernel's
+        # changes by the names of its arguments, would take it for two tensors.
+        part = None if one else torch.empty_like(out, dtype=torch.float32)
+        chunks = (call.tokens + length - 1) // length
+        kernel, options = _launched(kernels.outputs, call.tile)
+        kernel[(call.batch * chunks * call.heads,)](
+            *call.inputs, starts, part, out, ends, call.tokens, chunks, length, *call.factors, *call.strides,
+            **call.levels, **call.constants, STAGES=call.tile.stages, **options,
         )  # fmt: skip
-    return out, last.squeeze(1) if one and last is not None else q.new_empty(0, dtype=torch.float32)
+    return out, last.squeeze(1) if one else q.new_empty(0, dtype=torch.float32)
 
 
 def backward(
@@ -163,10 +190,11 @@ def backward(
         with gpu.on(q.device):
             kept, _ = call.walked(call.k, call.v, _wide(initial), end=False)
             after, grad_initial = call.walked(call.q, grad_out, _wide(grad_state), initial is not None, gradient=True)
-            launchable(kernels.gradients)[(call.batch * call.tiles * call.heads,)](
+            kernel, options = _launched(kernels.gradients, call.tile)
+            kernel[(call.batch * call.tiles * call.heads,)](
                 grad_out, *call.inputs, kept, after, grad_q, grad_k, grad_v, grad_decay, grad_reverse,
                 call.tokens, *call.factors, *call.strides,
-                **call.levels, **call.constants, **call.launch,
+                **call.levels, **call.constants, **options,
             )  # fmt: skip
     elif initial is not None:
         grad_initial = _unchanged(call, grad_state)
