@@ -88,9 +88,9 @@ def forward(
     states = int(A.shape[1])
     last = u.new_empty((batch, states, channels) if return_state else (0, 0, 0), dtype=torch.float32)
     in_rows = tiles.in_rows(states, known(u.stride(2) == 1), length)
-    tile = tiles.rows(int(channels) // int(B.shape[1])) if in_rows else tiles.forward(states)
-    row = tiles.LONGEST // tokens if in_rows else 1
-    grid = _grid(tile, row, u, B, tokens, softplus, reverse, (u, delta, z, out))
+    row = tiles.row(length) if in_rows else tokens
+    tile = tiles.rows(int(channels) // int(B.shape[1]), row) if in_rows else tiles.forward(states)
+    grid = _grid(tile, row // tokens, u, B, tokens, softplus, reverse, (u, delta, z, out))
     kept = u.new_empty((batch, grid.tiles, states, channels) if keep else 0, dtype=torch.float32)
     A, D, bias, start = A.t().contiguous(), _contiguous(D), _contiguous(bias), _row(initial_state)
     if not out.numel():
@@ -103,7 +103,7 @@ def forward(
         sizes = (*grid.sizes, *_strides(u, delta, z, out), B.shape[3])
         if in_rows:
             launchable(kernels.forward_rows)[grid.programs(tile)](
-                *inputs, kept if keep else None, *sizes, **grid.options(tile), LOG_ROWS=_log2(row)
+                *inputs, kept if keep else None, *sizes, **grid.options(tile), LOG_ROWS=_log2(row // tokens)
             )
         else:
             waiting = kept if keep else u.new_empty((batch, grid.splits, states, channels), dtype=torch.float32)

@@ -10,7 +10,7 @@ from vizoo.ops.tracing import known
 TOKENS = 16
 """Tokens of a tile, all of which a thread holds; also those between states kept for the backward pass."""
 LONGEST = 256
-"""Tokens of a row at most."""
+"""Tokens of a row at most; at least half as many."""
 
 
 class Tile(NamedTuple):
@@ -29,14 +29,19 @@ class Tile(NamedTuple):
 
 def in_rows(states: int, tokens_together: bool, length: int) -> bool:
     """Whether tiles of the forward pass lie over threads as rows of tokens do in memory."""
-    return states == 1 and tokens_together and known(length > LONGEST)
+    return states == 1 and tokens_together and known(length > 3 * LONGEST // 8)
+
+
+def row(length: int) -> int:
+    """Tokens of a row: half of the most for a sequence that has no more."""
+    return LONGEST if known(length > LONGEST // 2) else LONGEST // 2
 
 
 @lru_cache
-def rows(each: int) -> Tile:
+def rows(each: int, row: int) -> Tile:
     """Tile of the kernel that scans rows, 8 numbers a thread; `each` is the number of channels of a group."""
-    channels = min(4, 1 << (each - 1).bit_length())
-    return Tile(channels, warps=channels)
+    channels = min(1024 // row, 1 << (each - 1).bit_length())
+    return Tile(channels, warps=max(1, channels * row // 256))
 
 
 @lru_cache
