@@ -1,17 +1,19 @@
 """Finds the launch parameters of `ops/selective_scan/tiles.py` by trying many on the GPU at hand.
 
 python benchmarks/tune_selective_scan.py [--shapes 0 1 2] [--passes forward backward] [--rows | --held] [--tokens 16 32]
+python benchmarks/tune_selective_scan.py --quick
 
 The number of tokens is that of both passes: for each, the forward pass is swept as it is in inference, and the backward
 pass after a forward pass that keeps states for it. Tiles of one state with tokens together in memory are swept both
-ways, in rows and held, unless one is asked for.
+ways, in rows and held, unless one is asked for. `--quick` times the forward pass of two shapes in a few ways: 196
+tokens in rows and held, and 16 states with B and C as they are and in float32.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +26,11 @@ from vizoo.ops.selective_scan.tiles import Tile
 
 LENGTHS = (128, 256, 512)
 """Of rows."""
+QUICK_ROWS = [Tile(4, 4), Tile(2, 2), Tile(8, 8), Tile(8, 4), Tile(4, 2), Tile(16, 8)]
+QUICK_HELD = [
+    Tile(32, 1, 16), Tile(32, 1, 8), Tile(32, 2, 8, 2), Tile(32, 2, 4, 2), Tile(32, 2, 2, 2), Tile(32, 4, 4, 4),
+    Tile(64, 4, 8, 2),
+]  # fmt: skip
 
 
 def runs(tensors: dict[str, Tensor]) -> dict[str, Callable[[], Any]]:
@@ -44,11 +51,10 @@ def runs(tensors: dict[str, Tensor]) -> dict[str, Callable[[], Any]]:
 
 
 def held(states: int) -> Iterator[Tile]:
-    """A channel a lane; one or two channels a thread."""
-    unrolls = [unroll for unroll in (1, 2, 4, 8, 16) if states % unroll == 0]
-    for channels, warps, unroll in itertools.product((32, 64, 128), (1, 2, 4), unrolls):
-        if 32 * warps <= channels <= 64 * warps:
-            yield Tile(channels, warps, unroll)
+    """A channel a lane; one or two channels a thread; forward, one, two or four states side by side."""
+    for channels, warps, unroll, abreast in itertools.product((32, 64, 128), (1, 2, 4), (1, 2, 4, 8, 16), (1, 2, 4)):
+        if 32 * warps <= channels * abreast <= 64 * warps and states % (unroll * abreast) == 0:
+            yield Tile(channels, warps, unroll, abreast)
 
 
 def rows(each: int) -> Iterator[Tile]:
@@ -58,7 +64,7 @@ def rows(each: int) -> Iterator[Tile]:
             yield Tile(channels, warps)
 
 
-def sweep(title: str, run: Callable[[], Any], choice: str, candidates: Iterator[Tile], default: Tile) -> None:
+def sweep(title: str, run: Callable[[], Any], choice: str, candidates: Iterable[Tile], default: Tile) -> None:
     """Prints the best tiles of a pass, and leaves those in force that were."""
     before, results = getattr(tiles, choice), []
     for tile in {default, *candidates}:
@@ -75,12 +81,12 @@ def sweep(title: str, run: Callable[[], Any], choice: str, candidates: Iterator[
 
 def sweep_rows(name: str, tensors: dict[str, Tensor], each: int) -> None:
     """Forward passes in rows of several lengths."""
-    before = tiles.LONGEST, tiles.in_rows
-    tiles.in_rows = lambda *sizes: True
+    before = tiles.LONGEST, tiles.in_rows, tiles.row
+    tiles.in_rows, tiles.row = lambda *sizes: True, lambda length: tiles.LONGEST
     for tiles.LONGEST in LENGTHS:
-        run = runs(tensors)["forward"]
-        sweep(f"forward, {name}, rows of {tiles.LONGEST} tokens", run, "rows", rows(each), tiles.rows(each))
-    tiles.LONGEST, tiles.in_rows = before
+        run, default = runs(tensors)["forward"], tiles.rows(each, tiles.LONGEST)
+        sweep(f"forward, {name}, rows of {tiles.LONGEST} tokens", run, "rows", rows(each), default)
+    tiles.LONGEST, tiles.in_rows, tiles.row = before
 
 
 def sweep_held(name: str, tensors: dict[str, Tensor], states: int, tokens: list[int], passes: list[str]) -> None:
@@ -91,8 +97,26 @@ def sweep_held(name: str, tensors: dict[str, Tensor], states: int, tokens: list[
         for which, run in runs(tensors).items():
             if which in passes:
                 title = f"{which}, {name}, {tiles.TOKENS} tokens"
-                sweep(title, run, which, held(states), getattr(tiles, which)(states))
+                candidates = (tile for tile in held(states) if which == "forward" or tile.abreast == 1)
+                sweep(title, run, which, candidates, getattr(tiles, which)(states))
     tiles.TOKENS, tiles.in_rows = before
+
+
+def sweep_quickly() -> None:
+    """Few candidates for the two forward passes that are furthest from their floors."""
+    name, before = "vmamba_tiny stage 3", (tiles.in_rows, tiles.wide_maps)
+    _, _, each, length, _, _ = SHAPES[name]
+    run, default = runs(inputs(*SHAPES[name]))["forward"], tiles.rows(each, tiles.row(length))
+    tiles.in_rows = lambda *sizes: True
+    sweep(f"forward, {name}, in rows", run, "rows", QUICK_ROWS, default)
+    tiles.in_rows = lambda *sizes: False
+    sweep(f"forward, {name}, held", run, "forward", [], tiles.forward(1))
+    name = "vmamba v0 stage 1, 16 states"
+    run = runs(inputs(*SHAPES[name]))["forward"]
+    for wide in (True, False):
+        tiles.wide_maps = lambda states, wide=wide: wide
+        sweep(f"forward, {name}, wide maps: {wide}", run, "forward", QUICK_HELD, tiles.forward(16))
+    tiles.in_rows, tiles.wide_maps = before
 
 
 def main() -> None:
@@ -100,10 +124,14 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", type=int, default=range(len(SHAPES)), help=f"places in {list(SHAPES)}")
     parser.add_argument("--passes", nargs="*", choices=["forward", "backward"], default=["forward", "backward"])
     parser.add_argument("--tokens", nargs="*", type=int, default=[16], help="of a tile that threads hold")
+    parser.add_argument("--quick", action="store_true", help="two shapes, forward, few candidates; nothing else")
     layout = parser.add_mutually_exclusive_group()
     layout.add_argument("--rows", action="store_true", help="only tiles that are rows of tokens")
     layout.add_argument("--held", action="store_true", help="only tiles that threads hold")
     options = parser.parse_args()
+    if options.quick:
+        sweep_quickly()
+        return
     for name, shape in (list(SHAPES.items())[place] for place in options.shapes):
         tensors = inputs(*shape)
         _, _, each, _, states, channels_last = shape

@@ -1,7 +1,8 @@
 """Triton kernels of the selective scan. A program walks along a sequence with a block of channels of one group.
 
-It takes T tokens at a time, and one state after the other. A program is one warp whose lanes are channels: a thread has
-all tokens of a tile for its channel, so that scanning is arithmetic within a thread, and asks nobody.
+It takes T tokens at a time, and one state after the other. Lanes of a warp are channels: a thread has all tokens of a
+tile for its channel, so that scanning is arithmetic within a thread, and asks nobody. A program is one such warp, or
+forward, where there are few of them, two that have the same channels and every other state.
 What flows from tile to tile is the state, forward, and a_t λ_t backward, λ being the gradient of the state. It waits in
 memory until its turn comes: a thread has no room for all states.
 
@@ -62,9 +63,9 @@ def _picked(x, here, AXIS: tl.constexpr):
 
 @triton.jit
 def _states(decay, drive, state, LOG_T: tl.constexpr, REVERSE: tl.constexpr):
-    """State (T, C) at each token of a tile, and after it."""
-    token = tl.arange(0, 2**LOG_T)[:, None]
-    drive = tl.where(token == (2**LOG_T - 1 if REVERSE else 0), drive + decay * state[None, :], drive)
+    """States (T, ABREAST, C) at each token of a tile, and after it."""
+    token = tl.arange(0, 2**LOG_T)[:, None, None]
+    drive = tl.where(token == (2**LOG_T - 1 if REVERSE else 0), drive + decay * state[None, :, :], drive)
     _, h = tl.associative_scan((_turned(decay, LOG_T, REVERSE), _turned(drive, LOG_T, REVERSE)), 0, _then)
     return _turned(h, LOG_T, REVERSE), _picked(h, token == 2**LOG_T - 1, 0)
 
@@ -152,6 +153,21 @@ def _held(x):
 
 
 @triton.jit
+def _whole(x, ABREAST: tl.constexpr):
+    """What has just been read; held at once if there is one warp, for then it fills half of the registers."""
+    return _held(x) if ABREAST == 1 else x
+
+
+@triton.jit
+def _abreast(x, ABREAST: tl.constexpr):
+    """The same tile for each of several warps, (T, ABREAST, C), where each thread holds all tokens of its channels."""
+    T: tl.constexpr = x.shape[0]
+    C: tl.constexpr = x.shape[1]
+    x = tl.broadcast_to(x[:, None, :], (T, ABREAST, C))
+    return tl.reshape(_held(tl.reshape(x, (T, ABREAST * C))), (T, ABREAST, C))
+
+
+@triton.jit
 def _tile(pointer, offset, real):
     return _held(tl.load(pointer + offset, mask=real, other=0.0)).to(tl.float32)
 
@@ -225,8 +241,8 @@ def forward(
     u_b, u_c, u_t, delta_b, delta_c, delta_t, z_b, z_c, z_t, out_b, out_c, out_t,
     padded,
     GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,
-    LOG_T: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-    KEEP: tl.constexpr,
+    ABREAST: tl.constexpr, LOG_T: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr,
+    REVERSE: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Output; the state before each tile in the order of the scan, (batch, tiles, N, channels), and the last of all.
 
@@ -234,10 +250,13 @@ def forward(
 
     Without KEEP there is one place for the states of a split, (batch, splits, N, channels). Such is `start`, the state
     before each split; the last is (batch, N, channels). What is None is zero, or not written.
+
+    Of so many states ABREAST each has a warp of its own; their outputs are added up in the end.
     """
     batch, split, group, _block, channel, mine = _place(splits, BLOCKS, GROUPS, EACH, BLOCK_C)
     T: tl.constexpr = 2**LOG_T
-    ROW: tl.constexpr = N * GROUPS * EACH
+    CHANNELS: tl.constexpr = GROUPS * EACH
+    ROW: tl.constexpr = N * CHANNELS
     L = _multiple(L, ALIGN)
     u += _offsets(batch, channel, _multiple(u_b, ALIGN), _multiple(u_c, ALIGN), u_t, T)
     delta += _offsets(batch, channel, _multiple(delta_b, ALIGN), _multiple(delta_c, ALIGN), delta_t, T)
@@ -253,45 +272,58 @@ def forward(
     for n in range(N):
         state = tl.zeros((BLOCK_C,), tl.float32)
         if start is not None:
-            state = _vector(start + n * (GROUPS * EACH), channel, mine)
-        tl.store(states + n * (GROUPS * EACH) + channel, state, mask=mine)
+            state = _vector(start + n * CHANNELS, channel, mine)
+        tl.store(states + n * CHANNELS + channel, state, mask=mine)
+    abreast, token = tl.arange(0, ABREAST), tl.arange(0, T)[:, None]
+    at, mine_at = abreast[:, None] * CHANNELS + channel[None, :], mine[None, :]
+    B += maps + (abreast * padded)[None, :]
+    C += maps + (abreast * padded)[None, :]
     count = tl.minimum(tiles_each, tiles - split * tiles_each)
     tile = tiles - 1 - split * tiles_each if REVERSE else split * tiles_each
-    there = (tl.arange(0, T) < L - tile * T)[:, None] & mine[None, :]
+    there = (token < L - tile * T) & mine_at
     v = tl.load(delta + tile.to(tl.int64) * T * delta_t, mask=there, other=0.0)
     x = tl.load(u + tile.to(tl.int64) * T * u_t, mask=there, other=0.0)
     for i in range(count):
         first = tile.to(tl.int64) * T
-        real = (tl.arange(0, T) < L - tile * T)[:, None] & mine[None, :]
-        step, _v = _step(_held(v).to(tl.float32), bias, real, SOFTPLUS)
-        now = _held(x).to(tl.float32)
+        real = (token < L - tile * T) & mine_at
+        now = _whole(x, ABREAST).to(tl.float32)
+        steps, _v = _step(_whole(v, ABREAST).to(tl.float32), bias, real, SOFTPLUS)
+        step, taken = _abreast(steps, ABREAST), _abreast(steps * now, ABREAST)
         tile += -1 if REVERSE else 1
-        there = (tl.arange(0, T) < L - tile * T)[:, None] & mine[None, :] & (i + 1 < count)
+        there = (token < L - tile * T) & mine_at & (i + 1 < count)
         v = tl.load(delta + tile.to(tl.int64) * T * delta_t, mask=there, other=0.0)
         x = tl.load(u + tile.to(tl.int64) * T * u_t, mask=there, other=0.0)
-        y = skip[None, :] * now
-        taken = step * now
+        y = tl.zeros((T, ABREAST, BLOCK_C), tl.float32)
         onward = states + ROW if KEEP else states
         tl.debug_barrier()  # what is read has been written by whom it may concern
-        for some in range(0, N, UNROLL):
+        next_b, next_c = tl.load(B + first + token), tl.load(C + first + token)
+        next_rate = tl.load(A + at, mask=mine_at, other=0.0)
+        next_state = tl.load(states + at, mask=mine_at, other=0.0)
+        for some in range(0, N, UNROLL * ABREAST):
             for k in tl.static_range(UNROLL):
-                n = some + k
-                rate = _vector(A + n * (GROUPS * EACH), channel, mine) * LOG2E
-                b = _map(B + maps + (n * padded + first), T)
-                c = _map(C + maps + (n * padded + first), T)
-                state = _vector(states + n * (GROUPS * EACH), channel, mine)
-                decay = tl.exp2(step * rate[None, :])
+                n = some + k * ABREAST
+                rate, state = next_rate * LOG2E, next_state
+                b, c = next_b.to(tl.float32)[:, :, None], next_c.to(tl.float32)[:, :, None]
+                # Asked for before anything is stored: compilers move no read across a write.
+                if (k + 1) * ABREAST < N:
+                    following = tl.minimum(n + ABREAST, N - ABREAST)
+                    next_b = tl.load(B + (first + following * padded) + token)
+                    next_c = tl.load(C + (first + following * padded) + token)
+                    next_rate = tl.load(A + following * CHANNELS + at, mask=mine_at, other=0.0)
+                    next_state = tl.load(states + following * CHANNELS + at, mask=mine_at, other=0.0)
+                decay = tl.exp2(step * rate[None, :, :])
                 h, state = _states(decay, taken * b, state, LOG_T, REVERSE)
                 y += h * c
-                tl.store(onward + n * (GROUPS * EACH) + channel, state, mask=mine & (i + 1 < count))
+                tl.store(onward + n * CHANNELS + at, state, mask=mine_at & (i + 1 < count))
                 if last is not None:
-                    end = last + batch.to(tl.int64) * ROW + n * (GROUPS * EACH)
-                    tl.store(end + channel, state, mask=mine & (split == splits - 1) & (i + 1 == count))
+                    end = last + batch.to(tl.int64) * ROW + n * CHANNELS
+                    tl.store(end + at, state, mask=mine_at & (split == splits - 1) & (i + 1 == count))
         states = onward
+        total = tl.sum(y, 1) + skip[None, :] * now
         if z is not None:
-            gate = _tile(z, first * z_t, real)
-            y *= gate * _sigmoid(gate)
-        tl.store(out + first * out_t, y.to(out.dtype.element_ty), mask=real)
+            gate = _whole(tl.load(z + first * z_t, mask=real, other=0.0), ABREAST).to(tl.float32)
+            total *= gate * _sigmoid(gate)
+        tl.store(out + first * out_t, total.to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=["tiles", "tiles_each", "splits"])

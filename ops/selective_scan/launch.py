@@ -88,28 +88,29 @@ def forward(
     states = int(A.shape[1])
     last = u.new_empty((batch, states, channels) if return_state else (0, 0, 0), dtype=torch.float32)
     in_rows = tiles.in_rows(states, known(u.stride(2) == 1), length)
-    tile = tiles.rows(int(channels) // int(B.shape[1])) if in_rows else tiles.forward(states)
-    row = tiles.LONGEST // tokens if in_rows else 1
-    grid = _grid(tile, row, u, B, tokens, softplus, reverse, (u, delta, z, out))
+    row = tiles.row(length) if in_rows else tokens
+    tile = tiles.rows(int(channels) // int(B.shape[1]), row) if in_rows else tiles.forward(states)
+    grid = _grid(tile, row // tokens, u, B, tokens, softplus, reverse, (u, delta, z, out))
     kept = u.new_empty((batch, grid.tiles, states, channels) if keep else 0, dtype=torch.float32)
     A, D, bias, start = A.t().contiguous(), _contiguous(D), _contiguous(bias), _row(initial_state)
     if not out.numel():
         return out, last.transpose(1, 2), kept
     with gpu.on(u.device):
-        B, C = _maps(B, C, tokens)
+        B, C = _maps(B, C, tokens, tiles.wide_maps(states))
         if grid.splits > 1:
             start = _split_starts(grid, start, A, (u, delta, B, None, bias), backward=False)
         inputs = (u, delta, A, B, C, D, z, bias, start, out, last if return_state else None)
         sizes = (*grid.sizes, *_strides(u, delta, z, out), B.shape[3])
         if in_rows:
             launchable(kernels.forward_rows)[grid.programs(tile)](
-                *inputs, kept if keep else None, *sizes, **grid.options(tile), LOG_ROWS=_log2(row)
+                *inputs, kept if keep else None, *sizes, **grid.options(tile), LOG_ROWS=_log2(row // tokens)
             )
         else:
             waiting = kept if keep else u.new_empty((batch, grid.splits, states, channels), dtype=torch.float32)
             launchable(kernels.forward)[grid.programs(tile)](
-                *inputs, waiting, *sizes, **grid.options(tile), N=states, UNROLL=tile.unroll, KEEP=keep
-            )
+                *inputs, waiting, *sizes, **grid.options(tile),
+                N=states, UNROLL=tile.unroll, ABREAST=tile.abreast, KEEP=keep,
+            )  # fmt: skip
     return out, last.transpose(1, 2), kept
 
 
@@ -146,7 +147,7 @@ def backward(
         rates, skip, shift, flows = A.t().contiguous(), _contiguous(D), _contiguous(bias), _row(grad_last)
         half = all(tensor.dtype == torch.bfloat16 for tensor in (u, B, C))
         with gpu.on(u.device):
-            laid_B, laid_C = _maps(B, C, tokens)
+            laid_B, laid_C = _maps(B, C, tokens, wide=False)
             if grid.splits > 1:
                 flows = _split_starts(grid, flows, rates, (grad_out, delta, laid_C, z, shift), backward=True)
             launchable(kernels.backward)[grid.programs(tile)](
@@ -231,7 +232,7 @@ def _split_starts(
     """What flows into each split, (batch, splits, N, channels): a pass over all of them, and one over their sums."""
     x, delta, M, z, bias = tensors
     states, channels = (int(size) for size in A.shape)
-    tile = tiles.forward(states)
+    tile = tiles.ends(states)
     ends = x.new_empty((grid.batch, grid.splits, states, channels), dtype=torch.float32)
     sums = x.new_empty((grid.batch, grid.splits, channels), dtype=torch.float32)
     launchable(kernels.split_ends)[grid.programs(tile)](
@@ -264,13 +265,19 @@ def _row(state: Tensor | None) -> Tensor | None:
     return None if state is None else state.transpose(1, 2).to(torch.float32).contiguous()
 
 
-def _maps(B: Tensor, C: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """B and C with tokens together, in whole tiles, zero beyond the sequence; themselves if they are so."""
+def _maps(B: Tensor, C: Tensor, tokens: int, wide: bool) -> tuple[Tensor, Tensor]:
+    """B and C with tokens together, in whole tiles, zero beyond the sequence; themselves if they are so.
+
+    Wide maps are float32.
+    """
     batch, groups, states, length = B.shape
-    if known(length % tokens == 0) and B.is_contiguous() and C.is_contiguous():
+    ready = not wide or B.dtype == C.dtype == torch.float32
+    if ready and known(length % tokens == 0) and B.is_contiguous() and C.is_contiguous():
         return B, C
     padded, block = -(-length // tokens) * tokens, 64
-    laid_B, laid_C = (m.new_empty((batch, groups, states, padded)) for m in (B, C))
+    laid_B, laid_C = (
+        m.new_empty((batch, groups, states, padded), dtype=torch.float32 if wide else m.dtype) for m in (B, C)
+    )
     launchable(kernels.lay_out)[(batch * groups * -(-padded // block),)](
         B, C, laid_B, laid_C, length, padded, *B.stride(), *C.stride(),
         GROUPS=int(groups), N=int(states), T=block, BLOCK_N=1 << (int(states) - 1).bit_length(), num_warps=4,

@@ -10,7 +10,7 @@ from vizoo.ops.tracing import known
 TOKENS = 16
 """Tokens of a tile, all of which a thread holds; also those between states kept for the backward pass."""
 LONGEST = 256
-"""Tokens of a row at most."""
+"""Tokens of a row at most; at least half as many."""
 
 
 class Tile(NamedTuple):
@@ -19,29 +19,43 @@ class Tile(NamedTuple):
     Attributes:
         channels: Channels of a tile, a power of two; those of one program.
         warps: Warps of a program.
-        unroll: States whose instructions are mixed, so that one computes while another waits; divides their number.
+        unroll: States, of one warp, whose instructions are mixed, so that one computes while another waits.
+        abreast: States that different warps compute; so many times `unroll` divides their number.
     """
 
     channels: int
     warps: int
     unroll: int = 1
+    abreast: int = 1
 
 
 def in_rows(states: int, tokens_together: bool, length: int) -> bool:
     """Whether tiles of the forward pass lie over threads as rows of tokens do in memory."""
-    return states == 1 and tokens_together and known(length > LONGEST)
+    return states == 1 and tokens_together and known(length > 3 * LONGEST // 8)
+
+
+def row(length: int) -> int:
+    """Tokens of a row: half of the most for a sequence that has no more."""
+    return LONGEST if known(length > LONGEST // 2) else LONGEST // 2
 
 
 @lru_cache
-def rows(each: int) -> Tile:
+def rows(each: int, row: int) -> Tile:
     """Tile of the kernel that scans rows, 8 numbers a thread; `each` is the number of channels of a group."""
-    channels = min(4, 1 << (each - 1).bit_length())
-    return Tile(channels, warps=channels)
+    channels = min(1024 // row, 1 << (each - 1).bit_length())
+    return Tile(channels, warps=max(1, channels * row // 256))
 
 
 @lru_cache
 def forward(states: int) -> Tile:
-    """Tile of the kernel that scans: a channel a lane, for each warp is on its own."""
+    """Tile of the kernel that scans: a channel a lane; two warps for many states, for one leaves schedulers waiting."""
+    abreast = 2 if states >= 8 and states % 2 == 0 else 1
+    return Tile(32, warps=abreast, unroll=_divisor(states // abreast, 16 // abreast), abreast=abreast)
+
+
+@lru_cache
+def ends(states: int) -> Tile:
+    """Tile of the kernel that finds what splits add."""
     return Tile(32, warps=1, unroll=_divisor(states, 16))
 
 
@@ -49,6 +63,11 @@ def forward(states: int) -> Tile:
 def backward(states: int) -> Tile:
     """Tile of the kernel of the gradients. Few channels a tile are many parts of the gradients of B and C."""
     return Tile(32, warps=1, unroll=_divisor(states, 2))
+
+
+def wide_maps(states: int) -> bool:
+    """Whether the forward pass has B and C laid out in float32: else every lane converts what all of them need."""
+    return states > 1
 
 
 def _divisor(number: int, most: int) -> int:

@@ -214,10 +214,11 @@ def test_state_carries_on(reverse: bool) -> None:
 def small_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that are short, and tiles that the interpreter gets through in time, with channels that are not there."""
     monkeypatch.setattr(tiles, "LONGEST", 16 if device.type == "cpu" else 32)
-    monkeypatch.setattr(tiles, "rows", lambda each: tiles.Tile(4, warps=1))
+    monkeypatch.setattr(tiles, "rows", lambda each, row: tiles.Tile(4, warps=1))
     if device.type == "cpu":
         monkeypatch.setattr(tiles, "TOKENS", 8)
-        monkeypatch.setattr(tiles, "forward", lambda states: tiles.Tile(4, warps=1))
+        monkeypatch.setattr(tiles, "ends", lambda states: tiles.Tile(4, warps=1))
+        monkeypatch.setattr(tiles, "forward", lambda states: tiles.Tile(4, warps=1, abreast=2 - states % 2))
         monkeypatch.setattr(tiles, "backward", lambda states: tiles.Tile(2, warps=1, unroll=2 - states % 2))
 
 
@@ -293,16 +294,24 @@ def test_only_few_long_sequences_are_split(warps: int, count: int, expected: int
 
 @pytest.mark.parametrize("states", [1, 2, 16, 33, 64])
 def test_tiles_fit(states: int) -> None:
-    for tile in (tiles.forward(states), tiles.backward(states)):
-        assert states % tile.unroll == 0
-        assert tile.channels == 32 * tile.warps  # lanes that are channels hold all tokens of theirs
+    for tile in (tiles.forward(states), tiles.backward(states), tiles.ends(states)):
+        assert states % (tile.unroll * tile.abreast) == 0
+        assert tile.channels * tile.abreast == 32 * tile.warps  # lanes that are channels hold all tokens of theirs
 
 
+@pytest.mark.parametrize(("length", "row"), [(97, 128), (128, 128), (129, 256), (196, 256), (3136, 256)])
 @pytest.mark.parametrize("each", [1, 3, 96, 1000])
-def test_rows_fit(each: int) -> None:
-    tile = tiles.rows(each)
+def test_rows_fit(each: int, length: int, row: int) -> None:
+    assert tiles.in_rows(1, True, length)
+    assert tiles.row(length) == row
+    tile = tiles.rows(each, row)
     assert tile.channels < 2 * each
-    assert tile.channels * tiles.LONGEST == 8 * 32 * tile.warps
+    assert tile.channels * row == 8 * 32 * tile.warps or tile.channels * row < 8 * 32
+
+
+@pytest.mark.parametrize(("states", "tokens_together", "length"), [(1, True, 96), (1, False, 3136), (2, True, 3136)])
+def test_other_sequences_are_held(states: int, tokens_together: bool, length: int) -> None:
+    assert not tiles.in_rows(states, tokens_together, length)
 
 
 @small
