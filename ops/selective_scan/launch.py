@@ -208,8 +208,8 @@ def _grid(
     count = -(-length // tokens)
     splits = 1
     if isinstance(batch, int) and isinstance(length, int) and batch:
-        warps = batch * groups * -(-each // tile.channels) * tile.warps
-        splits = tiles.splits(warps, count, gpu.multiprocessors(u.device))
+        programs = batch * groups * -(-each // tile.channels)
+        splits = tiles.splits(tile, programs, count, gpu.multiprocessors(u.device))
     tiles_each = -(-count // (splits * row)) * row
     constants = {
         "GROUPS": groups, "EACH": each, "LOG_T": _log2(tokens), "ALIGN": _alignment(sequences),

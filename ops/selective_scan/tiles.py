@@ -74,11 +74,14 @@ def _divisor(number: int, most: int) -> int:
     return max(divisor for divisor in range(1, most + 1) if number % divisor == 0)
 
 
-def splits(warps: int, tiles: int, multiprocessors: int) -> int:
+def splits(tile: Tile, programs: int, tiles: int, multiprocessors: int) -> int:
     """In how many parts a sequence is cut for several programs: in none while there is a warp for each scheduler.
 
-    What has been cut is read twice; parts shorter than 8 tiles are not worth it.
+    What has been cut is read twice; parts shorter than 8 tiles are not worth it. There are as many as can be at work at
+    once, by the registers that the kernels take.
     """
+    warps = programs * tile.warps
     if warps >= 4 * multiprocessors:
         return 1
-    return max(1, min(8 * multiprocessors // warps, tiles // 8))
+    at_once = 12 if tile.abreast > 1 else 8
+    return max(1, min(at_once * multiprocessors // warps, tiles // 8))

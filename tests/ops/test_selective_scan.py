@@ -267,7 +267,7 @@ def test_splits_join(
     states: int, reverse: bool, device: torch.device, checks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sequence of 5 tiles for 3 programs, of which the last has one."""
-    monkeypatch.setattr(tiles, "splits", lambda warps, count, multiprocessors: 3)
+    monkeypatch.setattr(tiles, "splits", lambda *_: 3)
     case = Case(1, 3, 37, states=states, given=EVERYTHING, reverse=reverse)
     plain = case.call("reference")
     checks.factor_two(case.call("triton"), plain, plain, case.tensors(torch.float32, device))
@@ -279,7 +279,7 @@ def test_many_splits_join(reverse: bool, device: torch.device, checks: Any, monk
     """More than are joined at a time."""
     tokens = 2 if device.type == "cpu" else tiles.TOKENS
     monkeypatch.setattr(tiles, "TOKENS", tokens)
-    monkeypatch.setattr(tiles, "splits", lambda warps, count, multiprocessors: count)
+    monkeypatch.setattr(tiles, "splits", lambda tile, programs, count, multiprocessors: count)
     case = Case(1, 1, 70 * tokens - 1, states=2, reverse=reverse)
     plain = case.call("reference")
     checks.factor_two(case.call("triton"), plain, plain, case.tensors(torch.float32, device))
@@ -289,7 +289,7 @@ def test_many_splits_join(reverse: bool, device: torch.device, checks: Any, monk
     ("warps", "count", "expected"), [(528, 999, 1), (5000, 9, 1), (12, 16384, 88), (1, 40, 5), (1, 7, 1)]
 )
 def test_only_few_long_sequences_are_split(warps: int, count: int, expected: int) -> None:
-    assert tiles.splits(warps, count, 132) == expected
+    assert tiles.splits(tiles.backward(1), warps, count, 132) == expected
 
 
 @pytest.mark.parametrize("states", [1, 2, 16, 33, 64])
