@@ -31,7 +31,7 @@ def rows(name: str, options: argparse.Namespace, bandwidth: float) -> Iterator[d
     operator = import_module(f"operators.{name}")
     uses = list(operator.SHAPES)[: options.first]
     for use in uses if options.shapes is None else (uses[place] for place in options.shapes):
-        for row in operator.case(use).rows(options.eager, bandwidth):
+        for row in operator.case(use).rows(options.eager, options.peers, bandwidth):
             yield {"op": name, "name": use, **row}
 
 
@@ -42,6 +42,7 @@ def arguments() -> argparse.Namespace:
     some.add_argument("--first", type=int, help="measure only so many shapes of each operator")
     some.add_argument("--shapes", nargs="+", type=int, help="measure these shapes of --only, by their places from 0 on")
     parser.add_argument("--eager", action="store_true", help="leave out the compiled peers")
+    parser.add_argument("--peers", nargs="*", help="measure only these ways beside ours, by names as in the results")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the result")
     options = parser.parse_args()
     if options.shapes is not None:

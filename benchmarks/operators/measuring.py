@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -46,21 +46,25 @@ class Case:
     both_bytes: float
     own_tensors: dict[str, Tensors] = field(default_factory=dict)
 
-    def ways(self, eager: bool) -> Iterator[tuple[str, Way]]:
-        """All ways by name, or only those that nothing compiles."""
-        yield "vizoo", self.ours
-        yield from self.peers.items()
-        if not eager:
-            yield from ((name, build()) for name, build in self.compiled.items())
+    def ways(self, eager: bool, wanted: Sequence[str] | None) -> Iterator[tuple[str, Way]]:
+        """All ways by name, or only those that nothing compiles; of the peers those wanted."""
 
-    def rows(self, eager: bool, bandwidth: float) -> Iterator[Row]:
+        def asked(name: str) -> bool:
+            return wanted is None or name in wanted
+
+        yield "vizoo", self.ours
+        yield from ((name, way) for name, way in self.peers.items() if asked(name))
+        if not eager:
+            yield from ((name, build()) for name, build in self.compiled.items() if asked(name))
+
+    def rows(self, eager: bool, wanted: Sequence[str] | None, bandwidth: float) -> Iterator[Row]:
         """The figures of each way, as soon as they are known."""
         if self.expected is not None:
             with torch.no_grad():
                 expected = self.expected(self.tensors).float()
             check(self.ours(self.tensors).detach().float(), expected)
             del expected
-        for name, way in self.ways(eager):
+        for name, way in self.ways(eager, wanted):
             figures = measure(way, self.own_tensors.get(name, self.tensors))
             shares = {
                 "forward_share": self.forward_bytes / bandwidth / figures["forward_device_ms"] * 1e3,
