@@ -60,8 +60,8 @@ def forward(channels: int, itemsize: int) -> Tile:
 
 @lru_cache
 def backward(channels: int, itemsize: int) -> Tile:
-    """Strips of the kernel of both gradients: as many programs as registers leave room for."""
-    return strip(channels, itemsize, rows=16, per_sm=6)
+    """Strips of the kernel of both gradients: as many programs as registers of an H100 leave room for."""
+    return strip(channels, itemsize, rows=16, per_sm=6 if itemsize == 2 else 4)
 
 
 @lru_cache
