@@ -2,8 +2,8 @@
 
 python benchmarks/tune_depthwise_conv.py [--quick] [--dtypes bfloat16 float32] [--shapes 0 1 2 3] [--kernel 3]
 
-Forward is swept alone, and then, with the best tile found, forward and backward together. Filters larger than 3 x 3
-have a kernel for the gradient of the weights in the place of that for both gradients.
+Forward is swept alone, and then, with the best found, forward and backward together. Kernels for 3 x 3 filters take
+strips; larger ones have tiles, and a kernel for the gradient of the weights in the place of that for both gradients.
 """
 
 from __future__ import annotations
@@ -25,6 +25,21 @@ QUICK_PIXELS = ((2, 4), (4, 4), (4, 8), (8, 8), (16, 8))
 CHANNELS = (16, 32, 64, 128)
 WARPS = (2, 4, 8)
 PER_SM = (2, 4, 8)
+STRIP_ROWS = (4, 8, 16, 32, 64)
+STRIP_COLUMNS = (4, 8, 16, 32)
+WARPS_PER_SM = (8, 12, 16, 24)
+
+
+def strips(channels: int, quick: bool, looping: bool) -> Iterator[Tile]:
+    """Strips worth trying: 4 or 8 numbers of a row to a thread; as many programs as fit, about, where they loop."""
+    rows, columns = ((8, 16, 32), (8, 16)) if quick else (STRIP_ROWS, STRIP_COLUMNS)
+    for width, across, warps in itertools.product((32, 64), columns, (2, 4) if quick else (1, 2, 4, 8)):
+        numbers = across * width // (32 * warps)
+        if numbers not in (4, 8) or 4 * (-(-channels // width) * width) > 5 * channels:
+            continue
+        resident = ((12, 20) if quick else WARPS_PER_SM) if looping else (0,)
+        for height, together in itertools.product(rows, resident):
+            yield Tile(height, across, width, warps, together // warps)
 
 
 def choices(channels: int, quick: bool, looping: bool) -> Iterator[Tile]:
@@ -75,8 +90,10 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", type=int, default=range(len(SHAPES)), help=f"places in {SHAPES}")
     parser.add_argument("--kernel", type=int, choices=[3, 5, 7], default=3, help="side of the filters")
     options = parser.parse_args()
-    backward = "backward" if options.kernel == 3 else "weight_gradient"
-    default = {name: getattr(tiles, name) for name in ("forward", backward)}
+    names, trials = ("forward", "weight_gradient"), choices
+    if options.kernel == 3:
+        names, trials = ("forward_three", "backward"), strips
+    default = {name: getattr(tiles, name) for name in names}
     for dtype, shape in itertools.product(options.dtypes, (SHAPES[place] for place in options.shapes)):
         kind = getattr(torch, dtype)
         map_bytes, channels = torch.Size(shape).numel() * kind.itemsize, shape[-1]
@@ -88,8 +105,8 @@ def main() -> None:
         for name, function in default.items():
             print(f"  {name}: {function(channels, kind.itemsize)}", flush=True)
         title = f"{dtype}, {shape}, {options.kernel} x {options.kernel}"
-        sweep(f"forward, {title}", "forward", forward, choices(channels, options.quick, False), 2 * map_bytes)
-        sweep(f"with backward, {title}", backward, both, choices(channels, options.quick, True), 5 * map_bytes)
+        sweep(f"forward, {title}", names[0], forward, trials(channels, options.quick, False), 2 * map_bytes)
+        sweep(f"with backward, {title}", names[1], both, trials(channels, options.quick, True), 5 * map_bytes)
 
 
 if __name__ == "__main__":

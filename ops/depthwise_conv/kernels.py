@@ -1,8 +1,11 @@
-"""Triton kernels of depthwise convolution. A program holds a tile of ROWS x COLUMNS pixels x BLOCK_C channels.
+"""Triton kernels of depthwise convolution.
 
-The rows of all images are taken for those of one tall map, `rows` in number: tiles go over the borders of images, which
-only the place of a row in its image, H rows high, tells.
-The taps of a pixel read the map where they fall: neighbours and taps share it through the caches.
+With 3 x 3 filters a program walks down a strip of pairs of pixels x BLOCK_C channels: it loads each row once, with the
+neighbours of the pairs, and takes it into the sums of the rows that it reaches.
+With larger filters, whose sums do not fit, a program holds a tile of ROWS x COLUMNS pixels x BLOCK_C channels. The rows
+of all images are taken for those of one tall map, `rows` in number: tiles go over the borders of images, which only the
+place of a row in its image, H rows high, tells. The taps of a pixel read the map where they fall: neighbours and taps
+share it through the caches.
 """
 
 from __future__ import annotations
@@ -47,15 +50,6 @@ def _filter(weight, tap, channel, C: tl.constexpr, TAPS: tl.constexpr):
     return tl.load(weight + channel * TAPS + tap, mask=channel < C, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit
-def _row(weight, tap, channel, C: tl.constexpr):
-    return (
-        _filter(weight, tap, channel, C, 9),
-        _filter(weight, tap + 1, channel, C, 9),
-        _filter(weight, tap + 2, channel, C, 9),
-    )
-
-
 @triton.jit(do_not_specialize=["rows", "H", "W"])
 def forward(
     x,
@@ -73,7 +67,7 @@ def forward(
     RESIDUAL: tl.constexpr,
     FLIP: tl.constexpr,
 ):
-    """One tile of the convolution; with the filters turned by 180 degrees (FLIP) that of x's gradient."""
+    """One tile of the convolution with large filters; turned by 180 degrees (FLIP) that of x's gradient."""
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     TAPS: tl.constexpr = KERNEL * KERNEL
     program = tl.program_id(0)
@@ -94,73 +88,9 @@ def forward(
 
 
 @triton.jit
-def _three(pointer, offset, y, x, down, H, W, channel, C: tl.constexpr, here, total, w0, w1, w2, sum0, sum1, sum2):
-    """Takes a row of three taps into the gradients of x and of their weights; also returns what the middle one read."""
-    g0 = _at(pointer, offset, y, x, down, 1, H, W, channel, C)
-    g1 = _at(pointer, offset, y, x, down, 0, H, W, channel, C)
-    g2 = _at(pointer, offset, y, x, down, -1, H, W, channel, C)
-    total = total + w0 * g0
-    total = total + w1 * g1
-    total = total + w2 * g2
-    return total, sum0 + here * g0, sum1 + here * g1, sum2 + here * g2, g1
-
-
-@triton.jit
 def _part(parts, values, tap, channel, C: tl.constexpr, TAPS: tl.constexpr):
     """Writes a program's sum for a tap, laid out as the weight is."""
     tl.store(parts + channel * TAPS + tap, tl.sum(values, 0), mask=channel < C)
-
-
-@triton.jit(do_not_specialize=["rows", "H", "W"])
-def backward(
-    grad_out,
-    x,
-    weight,
-    grad_x,
-    parts,
-    rows,
-    H,
-    W,
-    C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    X_GRADIENT: tl.constexpr,
-):
-    """Gradient of x for 3 x 3 filters, and each program's part of those of weight and bias: (programs, 9 C + C)."""
-    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
-    program, programs = tl.program_id(0) // BLOCKS, tl.num_programs(0) // BLOCKS
-    channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
-    w0, w1, w2 = _row(weight, 0, channel, C)
-    w3, w4, w5 = _row(weight, 3, channel, C)
-    w6, w7, w8 = _row(weight, 6, channel, C)
-    none = tl.zeros((ROWS * COLUMNS, BLOCK_C), tl.float32)
-    s0, s1, s2, s3, s4, s5, s6, s7, s8, by_bias = none, none, none, none, none, none, none, none, none, none
-    for tile in range(program, tl.cdiv(rows, ROWS) * tl.cdiv(W, COLUMNS), programs):
-        base, offset, y, column = _pixels(tile, rows, H, W, C, ROWS, COLUMNS)
-        g, here = grad_out + base, _at(x + base, offset, y, column, 0, 0, H, W, channel, C)
-        total, s0, s1, s2, _ = _three(g, offset, y, column, 1, H, W, channel, C, here, none, w0, w1, w2, s0, s1, s2)
-        total, s3, s4, s5, own = _three(g, offset, y, column, 0, H, W, channel, C, here, total, w3, w4, w5, s3, s4, s5)
-        total, s6, s7, s8, _ = _three(g, offset, y, column, -1, H, W, channel, C, here, total, w6, w7, w8, s6, s7, s8)
-        by_bias += own
-        if X_GRADIENT:
-            if RESIDUAL:
-                total += own
-            real = ((y >= 0) & (column >= 0))[:, None] & (channel < C)[None, :]
-            place = offset[:, None] + channel[None, :]
-            tl.store(grad_x + base + place, total.to(grad_x.dtype.element_ty), mask=real)
-    parts += program * (10 * C)
-    _part(parts, s0, 0, channel, C, 9)
-    _part(parts, s1, 1, channel, C, 9)
-    _part(parts, s2, 2, channel, C, 9)
-    _part(parts, s3, 3, channel, C, 9)
-    _part(parts, s4, 4, channel, C, 9)
-    _part(parts, s5, 5, channel, C, 9)
-    _part(parts, s6, 6, channel, C, 9)
-    _part(parts, s7, 7, channel, C, 9)
-    _part(parts, s8, 8, channel, C, 9)
-    _part(parts + 9 * C, by_bias, 0, channel, C, 1)
 
 
 @triton.jit(do_not_specialize=["rows", "H", "W"])
@@ -213,3 +143,214 @@ def weight_gradient(
         _part(parts, s2, row * KERNEL + left + 2, channel, C, TAPS)
     if (row == KERNEL // 2) & (left == KERNEL // 2 // 3 * 3):
         _part(parts + TAPS * C, by_bias, 0, channel, C, 1)
+
+
+@triton.jit
+def _strip(strip, images, H, W, steps, channel, C: tl.constexpr, PAIRS: tl.constexpr):
+    """First row of a strip and the one after the last; of its pairs of pixels the offsets in that row, and the columns.
+
+    Columns are out of the map where there is no pair. The pairs of all images are taken for those of one wide map:
+    strips go over the borders of images, pairs do not.
+    """
+    wide = (W + 1) // 2
+    across = tl.cdiv(images * wide, PAIRS)
+    first = strip // across * steps
+    pair = strip % across * PAIRS + tl.arange(0, PAIRS)
+    image, column = pair // wide, pair % wide * 2
+    offset = ((image * H + first) * W + column).to(tl.int64) * C
+    column = tl.where(pair < images * wide, column, W + 1)
+    return first, tl.minimum(first + steps, H), offset[:, None] + channel[None, :], column[:, None]
+
+
+@triton.jit
+def _two(row, offset, column, exists, W, real, C: tl.constexpr):
+    """Numbers of pairs of pixels in a row; zeros outside of the image."""
+    real = real & exists
+    return (
+        tl.load(row + offset, mask=real & (column < W), other=0.0),
+        tl.load(row + C + offset, mask=real & (column + 1 < W), other=0.0),
+    )
+
+
+@triton.jit
+def _four(row, offset, column, exists, W, real, C: tl.constexpr):
+    """Numbers of pairs of pixels in a row, and of those to the left and right of them; zeros outside of the image."""
+    b, c = _two(row, offset, column, exists, W, real, C)
+    real = real & exists
+    a = tl.load(row - C + offset, mask=real & (column > 0) & (column < W), other=0.0)
+    return a, b, c, tl.load(row + 2 * C + offset, mask=real & (column + 2 < W), other=0.0)
+
+
+@triton.jit
+def _floats(a, b, c, d):
+    return a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
+
+
+@triton.jit
+def _three(weight, tap, channel, C: tl.constexpr, FLIP: tl.constexpr):
+    """Weights of a row of 3 x 3 filters, from the left to the right of where they reach."""
+    return (
+        _filter(weight, 8 - tap if FLIP else tap, channel, C, 9),
+        _filter(weight, 7 - tap if FLIP else tap + 1, channel, C, 9),
+        _filter(weight, 6 - tap if FLIP else tap + 2, channel, C, 9),
+    )
+
+
+@triton.jit
+def _taken(left, right, a, b, c, d, w0, w1, w2):
+    """Sums of pairs of pixels with a row of taps taken into them."""
+    left, right = left + a * w0, right + b * w0
+    left, right = left + b * w1, right + c * w1
+    return left + c * w2, right + d * w2
+
+
+@triton.jit
+def _met(s0, s1, s2, left, right, a, b, inner, c, d):
+    """Sums of a row of taps with the products of pairs of pixels taken into them.
+
+    What the right pixel meets to its left, `inner`, is b unless there is no right pixel: an infinity would meet a zero.
+    """
+    s0, s1, s2 = s0 + left * a, s1 + left * b, s2 + left * c
+    return s0 + right * inner, s1 + right * c, s2 + right * d
+
+
+@triton.jit
+def _put(row, offset, column, W, real, C: tl.constexpr, left, right):
+    """Writes pairs of pixels in a row."""
+    tl.store(row + offset, left.to(row.dtype.element_ty), mask=real & (column < W))
+    tl.store(row + C + offset, right.to(row.dtype.element_ty), mask=real & (column + 1 < W))
+
+
+@triton.jit(do_not_specialize=["images", "H", "W", "steps"])
+def forward_three(
+    x,
+    weight,
+    bias,
+    out,
+    images,
+    H,
+    W,
+    steps,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PAIRS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    FLIP: tl.constexpr,
+):
+    """One strip of the convolution with 3 x 3 filters; with the filters turned (FLIP) that of x's gradient.
+
+    Each row is loaded while the one above is taken into the sums of the three rows that it reaches.
+    """
+    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    strip, channel = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    first, last, offset, column = _strip(strip, images, H, W, steps, channel, C, PAIRS)
+    real = (channel < C)[None, :]
+    above_a, above_b, above_c, above_d = _four(x - W * C, offset, column, first > 0, W, real, C)
+    a, b, c, d = _four(x, offset, column, True, W, real, C)
+    x += W * C
+    next_a, next_b, next_c, next_d = _four(x, offset, column, first + 1 < H, W, real, C)
+    w0, w1, w2 = _three(weight, 0, channel, C, FLIP)
+    w3, w4, w5 = _three(weight, 3, channel, C, FLIP)
+    w6, w7, w8 = _three(weight, 6, channel, C, FLIP)
+    if RESIDUAL:
+        w4 += 1.0
+    start = tl.zeros((PAIRS, BLOCK_C), tl.float32)
+    if bias is not None:
+        start += _vector(bias, channel, C)
+    a, b, c, d = _floats(a, b, c, d)
+    above_a, above_b, above_c, above_d = _floats(above_a, above_b, above_c, above_d)
+    left, right = _taken(start, start, above_a, above_b, above_c, above_d, w0, w1, w2)
+    left, right = _taken(left, right, a, b, c, d, w3, w4, w5)
+    next_left, next_right = _taken(start, start, a, b, c, d, w0, w1, w2)
+    for row in range(first, last):
+        a, b, c, d = _floats(next_a, next_b, next_c, next_d)
+        x += W * C
+        next_a, next_b, next_c, next_d = _four(x, offset, column, (row + 1 < last) & (row + 2 < H), W, real, C)
+        left, right = _taken(left, right, a, b, c, d, w6, w7, w8)
+        _put(out, offset, column, W, real, C, left, right)
+        out += W * C
+        left, right = _taken(next_left, next_right, a, b, c, d, w3, w4, w5)
+        next_left, next_right = _taken(start, start, a, b, c, d, w0, w1, w2)
+
+
+@triton.jit(do_not_specialize=["images", "H", "W", "steps"])
+def backward(
+    grad_out,
+    x,
+    weight,
+    grad_x,
+    parts,
+    images,
+    H,
+    W,
+    steps,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PAIRS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    X_GRADIENT: tl.constexpr,
+):
+    """Gradient of x for 3 x 3 filters, and each program's part of those of weight and bias: (programs, 9 C + C).
+
+    Each row of `grad_out` is taken into the sums of the three rows of `grad_x` that it reaches, and meets those of `x`.
+    Taps are numbered as in the turned filter.
+    """
+    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    program, programs = tl.program_id(0) // BLOCKS, tl.num_programs(0) // BLOCKS
+    channel = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    real = (channel < C)[None, :]
+    w0, w1, w2 = _three(weight, 0, channel, C, True)
+    w3, w4, w5 = _three(weight, 3, channel, C, True)
+    w6, w7, w8 = _three(weight, 6, channel, C, True)
+    if RESIDUAL:
+        w4 += 1.0
+    none = tl.zeros((PAIRS, BLOCK_C), tl.float32)
+    s0, s1, s2, s3, s4, s5, s6, s7, s8, by_bias = none, none, none, none, none, none, none, none, none, none
+    for strip in range(program, tl.cdiv(H, steps) * tl.cdiv(images * ((W + 1) // 2), PAIRS), programs):
+        first, last, offset, column = _strip(strip, images, H, W, steps, channel, C, PAIRS)
+        g, own, out = grad_out, x, grad_x
+        above_a, above_b, above_c, above_d = _four(g - W * C, offset, column, first > 0, W, real, C)
+        u, v = _two(own, offset, column, True, W, real, C)
+        a, b, c, d = _four(g, offset, column, True, W, real, C)
+        g += W * C
+        own += W * C
+        next_a, next_b, next_c, next_d = _four(g, offset, column, first + 1 < H, W, real, C)
+        next_u, next_v = _two(own, offset, column, first + 1 < last, W, real, C)
+        a, b, c, d = _floats(a, b, c, d)
+        above_a, above_b, above_c, above_d = _floats(above_a, above_b, above_c, above_d)
+        u, v, inner = u.to(tl.float32), v.to(tl.float32), tl.where(column + 1 < W, above_b, 0.0)
+        s0, s1, s2 = _met(s0, s1, s2, u, v, above_a, above_b, inner, above_c, above_d)
+        left, right = _taken(none, none, above_a, above_b, above_c, above_d, w0, w1, w2)
+        left, right = _taken(left, right, a, b, c, d, w3, w4, w5)
+        for row in range(first, last):
+            below_a, below_b, below_c, below_d = _floats(next_a, next_b, next_c, next_d)
+            below_u, below_v = next_u.to(tl.float32), next_v.to(tl.float32)
+            g += W * C
+            own += W * C
+            next_a, next_b, next_c, next_d = _four(g, offset, column, (row + 1 < last) & (row + 2 < H), W, real, C)
+            next_u, next_v = _two(own, offset, column, row + 2 < last, W, real, C)
+            by_bias += b + c
+            inner = tl.where(column + 1 < W, b, 0.0)
+            s3, s4, s5 = _met(s3, s4, s5, u, v, a, b, inner, c, d)
+            if row + 1 < last:
+                s0, s1, s2 = _met(s0, s1, s2, below_u, below_v, a, b, inner, c, d)
+            inner = tl.where(column + 1 < W, below_b, 0.0)
+            s6, s7, s8 = _met(s6, s7, s8, u, v, below_a, below_b, inner, below_c, below_d)
+            if X_GRADIENT:
+                left, right = _taken(left, right, below_a, below_b, below_c, below_d, w6, w7, w8)
+                _put(out, offset, column, W, real, C, left, right)
+                out += W * C
+                left, right = _taken(none, none, a, b, c, d, w0, w1, w2)
+                left, right = _taken(left, right, below_a, below_b, below_c, below_d, w3, w4, w5)
+            a, b, c, d, u, v = below_a, below_b, below_c, below_d, below_u, below_v
+    parts += program * (10 * C)
+    _part(parts, s8, 0, channel, C, 9)
+    _part(parts, s7, 1, channel, C, 9)
+    _part(parts, s6, 2, channel, C, 9)
+    _part(parts, s5, 3, channel, C, 9)
+    _part(parts, s4, 4, channel, C, 9)
+    _part(parts, s3, 5, channel, C, 9)
+    _part(parts, s2, 6, channel, C, 9)
+    _part(parts, s1, 7, channel, C, 9)
+    _part(parts, s0, 8, channel, C, 9)
+    _part(parts + 9 * C, by_bias, 0, channel, C, 1)

@@ -61,18 +61,34 @@ def _tiles(x: Tensor, tile: tiles.Tile) -> int:
     return -(-(B * H) // tile.rows) * -(-W // tile.columns)
 
 
+def _strips(x: Tensor, tile: tiles.Tile) -> tuple[int, int]:
+    """In how many strips a map is cut, and how many rows the longest has."""
+    B, H, W, _ = x.shape
+    high = -(-H // tile.rows)
+    return high * -(-(B * -(-W // 2)) // (tile.columns // 2)), -(-H // high)
+
+
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, flip: bool) -> Tensor:
     out = torch.empty_like(x)
-    if x.numel():
-        B, H, W, _ = x.shape
-        C = int(weight.shape[0])  # kernels are compiled for it, so a tracer has to settle on it
-        tile = tiles.forward(C, x.element_size())
-        count, blocks = _tiles(x, tile), -(-C // tile.channels)
-        with gpu.on(x.device):
-            launchable(kernels.forward)[(count * blocks,)](
-                x, weight.contiguous(), None if bias is None else bias.contiguous(), out, B * H, H, W,
+    if not x.numel():
+        return out
+    B, H, W, _ = x.shape
+    C, kernel = int(weight.shape[0]), int(weight.shape[-1])  # compiled in: a tracer has to settle on them
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    with gpu.on(x.device):
+        if kernel == 3:
+            tile = tiles.forward_three(C, x.element_size())
+            count, steps = _strips(x, tile)
+            launchable(kernels.forward_three)[(count * -(-C // tile.channels),)](
+                x, weight, bias, out, B, H, W, steps,
+                C=C, BLOCK_C=tile.channels, PAIRS=tile.columns // 2, RESIDUAL=residual, FLIP=flip, num_warps=tile.warps,
+            )  # fmt: skip
+        else:
+            tile = tiles.forward(C, x.element_size())
+            launchable(kernels.forward)[(_tiles(x, tile) * -(-C // tile.channels),)](
+                x, weight, bias, out, B * H, H, W,
                 C=C, BLOCK_C=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns,
-                KERNEL=int(weight.shape[-1]), RESIDUAL=residual, FLIP=flip, num_warps=tile.warps,
+                KERNEL=kernel, RESIDUAL=residual, FLIP=flip, num_warps=tile.warps,
             )  # fmt: skip
     return out
 
@@ -85,14 +101,14 @@ def _both(grad_out: Tensor, x: Tensor, weight: Tensor, residual: bool, x_gradien
     B, H, W, _ = x.shape
     C = int(weight.shape[0])
     tile = tiles.backward(C, x.element_size())
-    count, blocks = _tiles(x, tile), -(-C // tile.channels)
+    (count, steps), blocks = _strips(x, tile), -(-C // tile.channels)
     programs = min(count, max(1, tile.per_sm * gpu.multiprocessors(x.device) // blocks))
     grad_x = torch.empty_like(x) if x_gradient else x.new_empty(0)
     parts = x.new_empty((programs, 10 * C), dtype=torch.float32)
     with gpu.on(x.device):
         launchable(kernels.backward)[(programs * blocks,)](
-            grad_out, x, weight.contiguous(), grad_x, parts, B * H, H, W,
-            C=C, BLOCK_C=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns,
+            grad_out, x, weight.contiguous(), grad_x, parts, B, H, W, steps,
+            C=C, BLOCK_C=tile.channels, PAIRS=tile.columns // 2,
             RESIDUAL=residual, X_GRADIENT=x_gradient, num_warps=tile.warps,
         )  # fmt: skip
     return grad_x, parts

@@ -13,11 +13,12 @@ class Tile(NamedTuple):
     """How a kernel is launched.
 
     Attributes:
-        rows: Rows of a tile of pixels, a power of two of at most 16, so that offsets in it keep within 32 bits.
-        columns: Columns of a tile of pixels, a power of two.
+        rows: Rows of a tile of pixels, a power of two of at most 16, so that offsets in it keep within 32 bits; of a
+            strip, as kernels for 3 x 3 filters take them, the most that it may have.
+        columns: Columns of a tile of pixels, a power of two; for strips at least 2.
         channels: Channels of a tile, a power of two.
         warps: Warps of a program.
-        per_sm: Programs for each multiprocessor, of the kernels that loop over tiles.
+        per_sm: Programs for each multiprocessor, of the kernels that loop over tiles or strips.
     """
 
     rows: int
@@ -39,17 +40,28 @@ def pixels(count: int) -> tuple[int, int]:
     return rows, count // rows
 
 
+def strip(channels: int, itemsize: int, rows: int, per_sm: int = 0) -> Tile:
+    """Two warps to a strip, and 8 numbers of its row to a thread: four channels of two pixels."""
+    width = block(channels, itemsize)
+    return Tile(rows, 512 // width, width, warps=2, per_sm=per_sm)
+
+
+@lru_cache
+def forward_three(channels: int, itemsize: int) -> Tile:
+    """Strips of the kernel that convolves with 3 x 3 filters: short, so that there are enough of them."""
+    return strip(channels, itemsize, rows=8)
+
+
 @lru_cache
 def forward(channels: int, itemsize: int) -> Tile:
-    """Tile of the kernel that convolves: at most 4 % behind the fastest of a sweep on an H100, DaViT-T at batch 128."""
+    """Tile of the kernel that convolves with larger filters."""
     return Tile(4, 8, block(channels, itemsize), warps=2)
 
 
 @lru_cache
 def backward(channels: int, itemsize: int) -> Tile:
-    """Tile of the kernel of both gradients, the fastest of that sweep at stages 1 and 2: 4 numbers a thread."""
-    del itemsize  # the same for both
-    return Tile(2, 4, min(64, max(16, 1 << (channels - 1).bit_length())), warps=4, per_sm=4)
+    """Strips of the kernel of both gradients: as many programs as registers of an H100 leave room for."""
+    return strip(channels, itemsize, rows=16, per_sm=6 if itemsize == 2 else 4)
 
 
 @lru_cache

@@ -101,8 +101,9 @@ def test_kernels(case: Case, dtype: torch.dtype, device: torch.device, checks: A
 def test_programs_take_tiles_in_turn(
     case: Case, device: torch.device, checks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tiles that end in the midst of an image and of the channels; several programs, that get several tiles each."""
-    monkeypatch.setattr(tiles, "forward", lambda *sizes: tiles.Tile(4, 4, 16, warps=4))
+    """Tiles and strips that end in the midst of an image and of the channels; programs that get several of them."""
+    for name in ("forward", "forward_three"):
+        monkeypatch.setattr(tiles, name, lambda *sizes: tiles.Tile(4, 4, 16, warps=4))
     monkeypatch.setattr(tiles, "backward", lambda *sizes: tiles.Tile(4, 4, 16, warps=4, per_sm=2))
     monkeypatch.setattr(tiles, "weight_gradient", lambda *sizes: tiles.Tile(4, 4, 16, warps=4, per_sm=7))
     monkeypatch.setattr(gpu, "multiprocessors", lambda device: 3)
@@ -113,11 +114,12 @@ def test_programs_take_tiles_in_turn(
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("channels", [1, 3, 24, 96, 100, 192, 1001])
 def test_tiles_fit_the_channels(channels: int, itemsize: int) -> None:
-    for choose in (tiles.forward, tiles.backward, tiles.weight_gradient):
+    for choose in (tiles.forward, tiles.forward_three, tiles.backward, tiles.weight_gradient):
         tile = choose(channels, itemsize)
         assert all(size & (size - 1) == 0 for size in tile[:3])
-        assert tile.rows <= 16
-        assert tile.rows <= tile.columns <= 2 * tile.rows
+        if choose in (tiles.forward, tiles.weight_gradient):
+            assert tile.rows <= 16
+            assert tile.rows <= tile.columns <= 2 * tile.rows
         assert 16 <= tile.channels <= 64
         assert tile.channels <= max(16, 2 * channels)
         assert tile.rows * tile.columns * tile.channels >= 32 * tile.warps
