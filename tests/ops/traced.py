@@ -147,7 +147,7 @@ def gated_form(both: bool, tokens: int) -> tuple[Callable[..., Tensor], list[Ten
 
 
 def map_sizes(states: int, rank: int = 3) -> list[tuple[int, ...]]:
-    """Of a map with 40 channels, and of what two routes over it need, whose steps are projected from so many numbers."""
+    """Of a map with 40 channels, and of what two routes need; their steps are projected from so many numbers."""
     pixels, each = (2, 9, 7), (2, 40)
     token = (*pixels, 2, states)
     return [(*pixels, 40), (*pixels, 2, rank), (*each, states), token, token, each, (*each, rank)]
