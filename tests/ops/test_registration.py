@@ -27,8 +27,7 @@ WRITTEN = {
     "depthwise_conv 3": [["out"], ["grad_x", "parts"]],
     "depthwise_conv 5": [["out"], ["parts"], ["out"]],
     "gated_linear_attention": [
-        ["kept"],
-        ["out"],
+        ["out", "part"],
         ["kept"],
         ["kept"],
         ["grad_decay", "grad_k", "grad_q", "grad_reverse_decay", "grad_v"],
@@ -36,7 +35,6 @@ WRITTEN = {
     "gated_linear_attention, chunks": [
         ["decays", "ends"],
         ["last", "parts"],
-        ["kept"],
         ["out"],
         *2 * [["decays", "ends"], ["last", "parts"], ["kept"]],
         ["grad_decay", "grad_k", "grad_q", "grad_v"],
