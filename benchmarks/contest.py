@@ -12,12 +12,13 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from contestants import Case, Contestant, Found, Job, contestants, first_line, ready_step, release, row
+from contestants import INSTEAD, Case, Contestant, Found, Job, contestants, first_line, ready_step, release, row
 from kernel_times import longest
 from side_by_side import Crew, Ended, crew
 from vizoo.benchmark import PeakMemory, choose_device, time_steps
@@ -29,7 +30,7 @@ SHORT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 
 def measure_together(cases: dict[Case, list[Contestant]], options: argparse.Namespace) -> Iterator[Found]:
     """The same rows from processes that compile side by side; each is timed when no other does anything."""
-    jobs = [Job(case, entry.library, entry.execution) for case, entries in cases.items() for entry in entries]
+    jobs = once([Job(case, entry.library, entry.execution) for case, entries in cases.items() for entry in entries])
     # Each process has compilers of its own, and they share the cores.
     compilers = max(2, 2 * (os.cpu_count() or 1) // min(options.together, len(jobs)))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(compilers))
@@ -44,6 +45,12 @@ def measure_together(cases: dict[Case, list[Contestant]], options: argparse.Name
         for job in sorted(ready, key=jobs.index):
             message = turn(found, job, options.limit)
             yield job, message if isinstance(message, dict) else row(job, options, error=str(message))
+
+
+def once(jobs: list[Job]) -> list[Job]:
+    """The jobs, but what one would take instead of several models only beside the first of them."""
+    first = {(replace(job.case, model=""), job.library, job.execution): job for job in reversed(jobs)}
+    return [job for job in jobs if job.library not in INSTEAD or job in first.values()]
 
 
 def prepared(found: Crew, jobs: list[Job], options: argparse.Namespace) -> Iterator[tuple[Job, Any]]:

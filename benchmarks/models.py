@@ -2,7 +2,8 @@
 
 They run as they are, compiled, or as CUDA graphs. All contestants for one shape are built first, then timed in turn,
 step by step, so that a drift of the machine meets them alike. With --together they compile side by side, and each is
-timed alone. Results go to benchmarks/results/ with hardware, driver, versions and commit, losses too.
+timed alone; what one would take instead of several models is measured once. Results go to benchmarks/results/ with
+hardware, driver, versions and commit, losses too.
 
     python benchmarks/models.py                                    # this machine's GPU, or its CPU
     python benchmarks/models.py --device cpu --threads 1 2 --batch-size 1 8 --modes inference --executions eager

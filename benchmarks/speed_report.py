@@ -5,30 +5,38 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from contestants import INSTEAD
+
+SHAPE = ("mode", "execution", "batch_size", "img_size", "threads")
+
 
 def ratios(rows: list[dict[str, Any]], in_turn: bool) -> list[dict[str, Any]]:
     """How many times faster vizoo is than each peer run the same way.
 
-    Of steps taken in turn each is compared with its neighbor; of those taken at other times, medians and quartiles.
+    Of steps taken in turn each is compared with its neighbor; of those taken at other times, medians and quartiles, and
+    what one would take instead is compared with all models.
     """
-    shape = ("model", "mode", "execution", "batch_size", "img_size", "threads")
     found = []
-    own = {tuple(map(str, (r[k] for k in shape))): r for r in rows if r["library"] == "vizoo"}
-    for peer in (r for r in rows if r["library"] != "vizoo" and r["seconds"]):
-        mine = own[tuple(map(str, (peer[k] for k in shape)))]
-        if not mine["seconds"]:
-            continue
-        low, middle, high = compared(mine["seconds"], peer["seconds"], in_turn)
-        found.append(
-            {
-                **{key: mine[key] for key in shape},
-                "peer": peer["library"],
-                "ratio": round(middle, 3),
-                "quartiles": [round(low, 3), round(high, 3)],
-                "memory_ratio": memory_ratio(mine, peer),
-            }
-        )
+    measured = [row for row in rows if row["seconds"]]
+    for mine in (row for row in measured if row["library"] == "vizoo"):
+        for peer in (row for row in measured if row["library"] != "vizoo" and meet(mine, row, in_turn)):
+            low, middle, high = compared(mine["seconds"], peer["seconds"], in_turn)
+            found.append(
+                {
+                    **{key: mine[key] for key in ("model", *SHAPE)},
+                    "peer": peer["library"],
+                    "ratio": round(middle, 3),
+                    "quartiles": [round(low, 3), round(high, 3)],
+                    "memory_ratio": memory_ratio(mine, peer),
+                }
+            )
     return found
+
+
+def meet(mine: dict[str, Any], peer: dict[str, Any], in_turn: bool) -> bool:
+    """Whether two rows are compared."""
+    alike = all(mine[key] == peer[key] for key in SHAPE)
+    return alike and (mine["model"] == peer["model"] or (not in_turn and peer["library"] in INSTEAD))
 
 
 def compared(ours: list[float], theirs: list[float], in_turn: bool) -> tuple[float, float, float]:

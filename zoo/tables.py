@@ -137,7 +137,7 @@ def markdown_table() -> str:
 
 
 def speed_tables(results: Path) -> str:
-    """Images per second and how many times faster than the peers, from each `*_models.json` in a folder."""
+    """Images per second and peak memory, and those of the peers over ours, from each `*_models.json` in a folder."""
     files = sorted(results.glob("*_models.json"))
     return "\n\n".join(_speed_table(json.loads(path.read_text(encoding="utf-8"))) for path in files) or "Nothing yet."
 
@@ -148,21 +148,33 @@ def _speed_table(result: Mapping[str, Any]) -> str:
         f"{facts['device']}, {rows[0]['dtype']}, torch {facts['torch']}, commit {facts['commit']}, {facts['date'][:10]}"
     )
     peers = sorted({row["library"] for row in rows} - {"vizoo"})
-    heads = ["model", "mode", "run", "batch", "CPU threads", "images/s", *(f"times {peer}" for peer in peers)]
-    lines = [
-        f"{where}:",
-        "",
-        f"| {' | '.join(heads)} |",
-        f"|---|---|---|---|---|---|{'---|' * len(peers)}",
-    ]
-    keys = ("model", "mode", "execution", "batch_size", "threads")
-    ratios = {(*(ratio[key] for key in keys), ratio["peer"]): ratio["ratio"] for ratio in result["ratios"]}
+    heads = ["model", "mode", "run", "size", "batch", "CPU threads", "images/s", "peak GiB"]
+    heads += [head for peer in peers for head in (f"times {peer}", "its memory")]
+    lines = [f"{where}:", "", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    ratios = {(*_case(ratio), ratio["peer"]): ratio for ratio in result["ratios"]}
     for row in rows:
         if row["library"] == "vizoo":
-            case = tuple(row[key] for key in keys)
-            cells = [f"`{row['model']}`", *map(str, case[1:]), figure(row["images_per_second"])]
-            lines.append(f"| {' | '.join(cells + [figure(ratios.get((*case, peer)), 2) for peer in peers])} |")
+            model, *others = case = _case(row)
+            peak = _scaled(row["peak_memory"], 2**30)
+            cells = [f"`{model}`", *others, figure(row["images_per_second"]), figure(peak, 2)]
+            for peer in peers:
+                ratio = ratios.get((*case, peer), {})
+                cells += [figure(ratio.get("ratio"), 2), figure(ratio.get("memory_ratio"), 2)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _case(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What was run, as the cells of a table."""
+    height, width = row["img_size"]
+    return (
+        row["model"],
+        row["mode"],
+        row["execution"],
+        side((height, width)),
+        str(row["batch_size"]),
+        str(row["threads"]),
+    )
 
 
 def markers(name: str) -> tuple[str, str]:

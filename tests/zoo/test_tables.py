@@ -56,21 +56,33 @@ def test_a_document_without_markers_is_refused(text: str, tmp_path: Path) -> Non
 
 
 def test_speed_comes_from_result_files(tmp_path: Path) -> None:
-    case = {"model": "swin", "mode": "inference", "execution": "eager", "batch_size": 8, "threads": 2}
+    case = {
+        "model": "swin",
+        "mode": "inference",
+        "execution": "eager",
+        "img_size": [64, 96],
+        "batch_size": 8,
+        "threads": 2,
+    }
     rows = [
-        {**case, "library": library, "dtype": "float32", "images_per_second": speed}
-        for library, speed in (("vizoo", 20.04), ("timm", 10.0), ("torchvision", None))
+        {**case, "library": library, "dtype": "float32", "images_per_second": speed, "peak_memory": memory}
+        for library, speed, memory in (("vizoo", 20.04, 2**29), ("timm", 10.0, 2**30), ("torchvision", None, None))
     ]
     facts = {"device": "A chip", "torch": "9.9", "commit": "abc", "date": "2001-02-03T04:05"}
-    result = {"environment": facts, "rows": rows, "ratios": [{**case, "peer": "timm", "ratio": 2.004}]}
+    result = {
+        "environment": facts,
+        "rows": rows,
+        "ratios": [{**case, "peer": "timm", "ratio": 2.004, "memory_ratio": 2.0}],
+    }
     (tmp_path / "a-chip_2001-02-03_models.json").write_text(json.dumps(result))
     (tmp_path / "a-chip_2001-02-03_startup.json").write_text("{}")
     assert tables.speed_tables(tmp_path).splitlines() == [
         "A chip, float32, torch 9.9, commit abc, 2001-02-03:",
         "",
-        "| model | mode | run | batch | CPU threads | images/s | times timm | times torchvision |",
-        "|---|---|---|---|---|---|---|---|",
-        "| `swin` | inference | eager | 8 | 2 | 20.0 | 2.00 | - |",
+        "| model | mode | run | size | batch | CPU threads | images/s | peak GiB | times timm | its memory "
+        "| times torchvision | its memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| `swin` | inference | eager | 64x96 | 8 | 2 | 20.0 | 0.50 | 2.00 | 2.00 | - | - |",
     ]
 
 
