@@ -15,7 +15,7 @@ What differs from the official code, and why:
   which changes no number. Point-wise convolutions are linear layers.
 - No scanned copy of a map is made: what a route's input is projected to at each pixel is projected from the map as it
   lies, for all routes by one matrix product. Depthwise convolutions sum in float32 under autocast; so do projections of
-  steps, of which the official second generation rounds what they give to half precision, too.
+  steps, whose results the official second generation rounds to half precision.
 - The first generation's stem pads an image that patches do not divide; the official one drops the rest.
 - The official forward types that differ in nothing but which kernel computes them are one here.
 """

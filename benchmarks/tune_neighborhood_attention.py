@@ -52,7 +52,7 @@ def boxes(volume: int) -> Iterator[Sides]:
 
 def whole_choices(kind: str, sizes: Sides, kernel: Sides, quick: bool) -> Iterator[Tile]:
     """Tiles of 16 and 32 queries whose windows fit a block."""
-    for volume, stages in itertools.product((16, 32), (1, 2)):
+    for volume, stages in itertools.product((16, 32), (1, 2, 3)):
         for tile in boxes(volume):
             reach = (min(side + more - 1, size) for side, more, size in zip(tile, kernel, sizes, strict=True))
             block = _sides(1 << (n - 1).bit_length() for n in reach)
