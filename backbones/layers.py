@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -106,12 +106,13 @@ class BatchNorm(nn.BatchNorm2d):
         super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "version": 2}, *args, **kwargs)
 
 
-def convolve(conv: nn.Conv2d, x: Tensor, residual: bool = False) -> Tensor:
-    """A depthwise convolution of a map (B, H, W, C), which `residual` adds the map itself to."""
+def convolve(conv: nn.Conv2d, x: Tensor, residual: bool = False, activation: Literal["silu"] | None = None) -> Tensor:
+    """A depthwise convolution of a map (B, H, W, C), which `residual` adds the map itself to, then an activation."""
     if is_plain(conv):
-        return depthwise_conv(x, conv.weight, conv.bias, residual=residual)
+        return depthwise_conv(x, conv.weight, conv.bias, residual=residual, activation=activation)
     out = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return x + out if residual else out
+    out = x + out if residual else out
+    return F.silu(out) if activation == "silu" else out
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vizoo.ops import depthwise_conv, selective_scan
+from vizoo.ops import selective_scan
 from vizoo.ops.selective_scan_2d import CONTINUOUS_ROUTES, selective_scan_2d
 from vizoo.ops.tracing import known
 from vizoo.weights.record import Weights
@@ -48,7 +48,7 @@ from .base import (
     init_linear,
     make_classifier,
 )
-from .layers import BatchNorm, DropPath, LayerNorm, is_plain, pad_to_multiple, resize_grid
+from .layers import BatchNorm, DropPath, LayerNorm, convolve, pad_to_multiple, resize_grid
 from .vim import check_pruning, most_important, rates, walk_pruned
 
 STRIDE = 16
@@ -172,7 +172,7 @@ class SnakeMamba(nn.Module):
     def scan(self, x: Tensor) -> Tensor:
         """What is projected to the output, (B, H, W, expand * C)."""
         x, z = self.in_proj(x).chunk(2, -1)
-        x = F.silu(self._convolve(x))
+        x = convolve(self.conv2d, x, activation="silu")
         low_rank, B, C = self.x_proj(x).split((self.rank, self.states, self.states), -1)
         y = selective_scan_2d(
             x, low_rank[..., None, :], rates(self.A_log)[None], B[..., None, :], C[..., None, :], self.D[None],
@@ -195,7 +195,7 @@ class SnakeMamba(nn.Module):
         x, z = self.in_proj(x).chunk(2, -1)
         index = pixel[..., None].expand_as(x)
         whole = x.new_zeros(len(x), sides[0] * sides[1], x.shape[-1]).scatter(1, index, x)
-        u = F.silu(self._convolve(whole.unflatten(1, sides)).flatten(1, 2).gather(1, index))
+        u = convolve(self.conv2d, whole.unflatten(1, sides), activation="silu").flatten(1, 2).gather(1, index)
         low_rank, B, C = self.x_proj(u).split((self.rank, self.states, self.states), -1)
         bias = 2 * self.dt_proj.bias.float()
         step = F.softplus(F.linear(low_rank, self.dt_proj.weight).float() + bias)
@@ -210,11 +210,6 @@ class SnakeMamba(nn.Module):
             out = selective_scan(driven.mT, longer.mT, rates(self.A_log), turned_B.mT, C.mT)
             y = y.scatter_add(1, turn, out.mT)
         return (y * F.silu(z.float())).to(x.dtype)
-
-    def _convolve(self, x: Tensor) -> Tensor:
-        if is_plain(self.conv2d):
-            return depthwise_conv(x, self.conv2d.weight, self.conv2d.bias)
-        return self.conv2d(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class PlainMambaBlock(nn.Module):

@@ -48,7 +48,7 @@ from .base import (
     make_classifier,
     nearest,
 )
-from .layers import DropPath, LayerNorm, Mlp, as_linear, pad_to_multiple
+from .layers import DropPath, LayerNorm, Mlp, as_linear, convolve, pad_to_multiple
 from .swin import PatchMerging
 
 STRIDE = 4
@@ -273,7 +273,7 @@ class Mixer(nn.Module):
         self.inner, self.rank, self.states, self.routes = inner, step_rank(channels), states, tuple(routes)
         self.gate, self.gate_activation, self.activation = kind.gate, kind.gate_activation, kind.activation
         self.in_proj = self.make_projection(channels, inner * (1 + kind.gate))
-        self.conv2d = DepthwiseConv(inner, bias=conv_bias)
+        self.conv2d = nn.Conv2d(inner, inner, 3, padding=1, groups=inner, bias=conv_bias)
         self.x_proj_weight = nn.Parameter(torch.empty(len(routes), self.rank + 2 * states, inner))
         self.out_norm = make_output_norm(kind.norm, inner)
         self.out_proj = self.make_projection(inner, channels)
@@ -291,7 +291,7 @@ class Mixer(nn.Module):
         """(B, H, W, C) to the same shape."""
         x = self.in_proj(x)
         x, z = x.chunk(2, -1) if self.gate else (x, None)
-        x = F.silu(self.conv2d(x))
+        x = convolve(self.conv2d, x, activation="silu")
         # The scan gives float32, since half precision cannot hold its sums.
         y = self.out_norm(self.scan(x)).to(x.dtype)
         if self.activation:

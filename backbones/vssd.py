@@ -149,7 +149,7 @@ class StateSpaceDuality(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to the same shape."""
         z, mixed, dt = self.project(x)
-        mixed = F.silu(convolve(self.conv2d, mixed)).flatten(1, 2)
+        mixed = convolve(self.conv2d, mixed, activation="silu").flatten(1, 2)
         if mixed.dtype == torch.float16:  # whose range ends before what all tokens add up to
             mixed = mixed.float()
         rate = self.A_log.float().exp()

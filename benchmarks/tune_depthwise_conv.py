@@ -75,10 +75,10 @@ def runs(
     incoming = torch.randn_like(x)
 
     def forward() -> Tensor:
-        return launch.forward(x, weight, bias, True)
+        return launch.forward(x, weight, bias, True, False)
 
     def both() -> tuple[Tensor, ...]:
-        return forward(), *launch.backward(incoming, x, weight, bias, True, True, True)
+        return forward(), *launch.backward(incoming, x, weight, bias, True, False, True, True)
 
     return forward, both
 

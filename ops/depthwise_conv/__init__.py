@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from .reference import depthwise_conv_reference
 __all__ = ["depthwise_conv"]
 
 SIZES = (3, 5, 7)
+Activation = Literal["silu"]
 
 
 def depthwise_conv(
@@ -22,17 +23,21 @@ def depthwise_conv(
     bias: Tensor | None = None,
     *,
     residual: bool = False,
+    activation: Activation | None = None,
     implementation: dispatch.ImplementationName | None = None,
 ) -> Tensor:
     """Convolves each channel of a map with a k x k filter of its own, zeros around the map, one output a pixel.
 
-    Sums are float32, for float64 input float64, and are rounded once, at the end. Autocast changes nothing here.
+    Sums and activation are float32, for float64 input float64, and are rounded once, at the end. Autocast changes
+    nothing here.
 
     Args:
         x: Map, (B, H, W, C).
         weight: Filters as `nn.Conv2d` with a group for each channel keeps them, (C, 1, k, k), k being 3, 5 or 7.
         bias: Added to each channel, (C,).
         residual: Add `x` to the output, as conditional position encodings do.
+        activation: `"silu"`: give silu(s) of these sums s, not s. Nothing more is kept for the backward pass, which
+            computes them again.
         implementation: `"reference"` or `"triton"` to force one; it never falls back to the other.
 
     Returns:
@@ -40,12 +45,20 @@ def depthwise_conv(
 
     Raises:
         TypeError: A tensor is not floating point.
-        ValueError: A shape or device does not fit, or a forced implementation cannot run.
+        ValueError: A shape or device does not fit, the activation is unknown, or a forced implementation cannot run.
     """
-    return dispatch.call(_OPERATOR, implementation, x.device, _prepare(x, weight, bias, residual=residual))
+    arguments = _prepare(x, weight, bias, residual=residual, activation=activation)
+    return dispatch.call(_OPERATOR, implementation, x.device, arguments)
 
 
-def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: bool = False) -> dict[str, Any]:
+def _prepare(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: bool = False,
+    activation: Activation | None = None,
+) -> dict[str, Any]:
     """Checks the public arguments and writes out their defaults."""
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is not None and not tensor.is_floating_point():
@@ -64,7 +77,9 @@ def _prepare(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual:
         raise ValueError(f"filters must be 3 x 3, 5 x 5 or 7 x 7, got {weight.shape[-2]} x {size}")
     if bias is not None and tuple(bias.shape) != (channels,):
         raise ValueError(f"bias must have the shape (C,) = ({channels},), got {tuple(bias.shape)}")
-    return {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    if activation is not None and activation not in get_args(Activation):
+        raise ValueError(f"activation must be 'silu', or None for none, got {activation!r}; nearest valid: 'silu'")
+    return {"x": x, "weight": weight, "bias": bias, "residual": residual, "activation": activation}
 
 
 _OPERATOR = dispatch.Operator(

@@ -23,9 +23,11 @@ MAX_PIXELS = 2**31 - 1
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32))
 
 
-def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: bool) -> list[str]:
+def unsupported_reasons(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: bool, activation: str | None
+) -> list[str]:
     """Why the kernels cannot take these arguments; empty when they can."""
-    del residual  # either will do
+    del residual, activation  # any will do
     reasons = gpu.device_reasons(x.device)
     used = [tensor.dtype for tensor in (x, weight, bias) if tensor is not None]
     if not DTYPES.issuperset(used):
@@ -40,23 +42,25 @@ def unsupported_reasons(x: Tensor, weight: Tensor, bias: Tensor | None, *, resid
     return reasons
 
 
-def depthwise_conv_triton(x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: bool) -> Tensor:
+def depthwise_conv_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: bool, activation: str | None
+) -> Tensor:
     """Computes what `vizoo.ops.depthwise_conv` defines with the fused kernels."""
-    tensors = (x, weight) if bias is None else (x, weight, bias)
+    tensors, silu = (x, weight) if bias is None else (x, weight, bias), activation == "silu"
     if not gpu.unwatched(*tensors):
-        return _forward(x, weight, bias, residual)
+        return _forward(x, weight, bias, residual, silu)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _Eager.apply(x, weight, bias, residual)
-    return _launch_forward(x, weight, bias, residual)
+        return _Eager.apply(x, weight, bias, residual, silu)
+    return _launch_forward(x, weight, bias, residual, silu)
 
 
 # Triton is imported where a kernel is launched, so that importing the operators does not need it.
 
 
-def _launch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
+def _launch_forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, silu: bool) -> Tensor:
     from . import launch
 
-    return launch.forward(x, weight, bias, residual)
+    return launch.forward(x, weight, bias, residual, silu)
 
 
 def _launch_backward(
@@ -65,15 +69,16 @@ def _launch_backward(
     weight: Tensor,
     bias: Tensor | None,
     residual: bool,
+    silu: bool,
     x_gradient: bool,
     parameter_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import launch
 
-    return launch.backward(grad_out, x, weight, bias, residual, x_gradient, parameter_gradient)
+    return launch.backward(grad_out, x, weight, bias, residual, silu, x_gradient, parameter_gradient)
 
 
-def _forward_like(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
+def _forward_like(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, silu: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -83,6 +88,7 @@ def _backward_like(
     weight: Tensor,
     bias: Tensor | None,
     residual: bool,
+    silu: bool,
     x_gradient: bool,
     parameter_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,37 +101,38 @@ def _backward_like(
 
 _forward = kernel_operator(
     "vizoo::depthwise_conv",
-    "(Tensor x, Tensor weight, Tensor? bias, bool residual) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, bool residual, bool silu) -> Tensor",
     _launch_forward,
     _forward_like,
 )
 _backward = kernel_operator(
     "vizoo::depthwise_conv_backward",
-    "(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, bool residual, bool x_gradient,"
-    " bool parameter_gradient) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad_out, Tensor x, Tensor weight, Tensor? bias, bool residual, bool silu,"
+    " bool x_gradient, bool parameter_gradient) -> (Tensor, Tensor, Tensor)",
     _launch_backward,
     _backward_like,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, ctx.residual = inputs
+    x, weight, bias, ctx.residual, ctx.silu = inputs
     ctx.save_for_backward(x, weight, bias)
 
 
 def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    x_gradient, weight_gradient, bias_gradient, _ = ctx.needs_input_grad
+    x_gradient, weight_gradient, bias_gradient, *_ = ctx.needs_input_grad
     x, weight, bias = ctx.saved_tensors
     tensors = (x, weight) if bias is None else (x, weight, bias)
     # Where gradients are to be differentiated again, the registered operator is there to say that it cannot.
     direct = not torch.is_grad_enabled() and gpu.unwatched(grad_out, *tensors)
     run = _launch_backward if direct else _backward
     parameter_gradient = weight_gradient or bias_gradient
-    x, weight, bias = run(grad_out, x, weight, bias, ctx.residual, x_gradient, parameter_gradient)
+    x, weight, bias = run(grad_out, x, weight, bias, ctx.residual, ctx.silu, x_gradient, parameter_gradient)
     return (
         x if x_gradient else None,
         weight if weight_gradient else None,
         bias if bias_gradient else None,
+        None,
         None,
     )
 
@@ -147,11 +154,12 @@ def _backward_flops(
     weight: Sequence[int],
     bias: Any,
     residual: bool,
+    silu: bool,
     x_gradient: bool,
     parameter_gradient: bool,
     **kwargs: Any,
 ) -> int:
-    return (x_gradient + parameter_gradient) * _forward_flops(x, weight)
+    return (silu + x_gradient + parameter_gradient) * _forward_flops(x, weight)
 
 
 FLOPS: dict[Any, Callable[..., int]] = {

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def _pixels(tile, rows, H, W, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -50,11 +52,30 @@ def _filter(weight, tap, channel, C: tl.constexpr, TAPS: tl.constexpr):
     return tl.load(weight + channel * TAPS + tap, mask=channel < C, other=0.0).to(tl.float32)[None, :]
 
 
+@triton.jit
+def _sigmoid(u):
+    """One instruction for a root and two for its square; a division takes eight."""
+    root = tl.rsqrt(1.0 + tl.exp2(u * -LOG2E))
+    return root * root
+
+
+@triton.jit
+def _silu(u):
+    return u * _sigmoid(u)
+
+
+@triton.jit
+def _silu_slope(u):
+    s = _sigmoid(u)
+    return s + u * s * (1.0 - s)
+
+
 @triton.jit(do_not_specialize=["rows", "H", "W"])
 def forward(
     x,
     weight,
     bias,
+    grad_out,
     out,
     rows,
     H,
@@ -66,8 +87,12 @@ def forward(
     KERNEL: tl.constexpr,
     RESIDUAL: tl.constexpr,
     FLIP: tl.constexpr,
+    SILU: tl.constexpr,
 ):
-    """One tile of the convolution with large filters; turned by 180 degrees (FLIP) that of x's gradient."""
+    """One tile of the convolution with large filters; turned by 180 degrees (FLIP) that of x's gradient.
+
+    SILU writes SiLU of the sums; with `grad_out`, the gradient of what that writes, theirs is written.
+    """
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     TAPS: tl.constexpr = KERNEL * KERNEL
     program = tl.program_id(0)
@@ -84,6 +109,10 @@ def forward(
         total += _vector(bias, channel, C)
     real = ((y >= 0) & (column >= 0))[:, None] & (channel < C)[None, :]
     place = offset[:, None] + channel[None, :]
+    if SILU:
+        total = _silu(total)
+    if grad_out is not None:
+        total = tl.load(grad_out + base + place, mask=real, other=0.0) * _silu_slope(total)
     tl.store(out + base + place, total.to(out.dtype.element_ty), mask=real)
 
 
@@ -226,6 +255,7 @@ def forward_three(
     x,
     weight,
     bias,
+    grad_out,
     out,
     images,
     H,
@@ -236,10 +266,12 @@ def forward_three(
     PAIRS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     FLIP: tl.constexpr,
+    SILU: tl.constexpr,
 ):
     """One strip of the convolution with 3 x 3 filters; with the filters turned (FLIP) that of x's gradient.
 
-    Each row is loaded while the one above is taken into the sums of the three rows that it reaches.
+    Each row is loaded while the one above is taken into the sums of the three rows that it reaches. SILU and `grad_out`
+    are as for `forward`.
     """
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     strip, channel = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -267,6 +299,12 @@ def forward_three(
         x += W * C
         next_a, next_b, next_c, next_d = _four(x, offset, column, (row + 1 < last) & (row + 2 < H), W, real, C)
         left, right = _taken(left, right, a, b, c, d, w6, w7, w8)
+        if SILU:
+            left, right = _silu(left), _silu(right)
+        if grad_out is not None:
+            g, h = _two(grad_out, offset, column, True, W, real, C)
+            left, right = g * _silu_slope(left), h * _silu_slope(right)
+            grad_out += W * C
         _put(out, offset, column, W, real, C, left, right)
         out += W * C
         left, right = _taken(next_left, next_right, a, b, c, d, w3, w4, w5)

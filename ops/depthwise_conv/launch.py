@@ -14,9 +14,9 @@ from .function import FLOPS
 register_flops(FLOPS)
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, silu: bool) -> Tensor:
     """The convolved map."""
-    return _convolved(x.contiguous(), weight, bias, residual, flip=False)
+    return _convolved(x.contiguous(), weight, bias, residual, silu=silu)
 
 
 def backward(
@@ -25,14 +25,18 @@ def backward(
     weight: Tensor,
     bias: Tensor | None,
     residual: bool,
+    silu: bool,
     x_gradient: bool,
     parameter_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; empty where not asked for.
 
-    One kernel makes all of them for 3 x 3 filters. Elsewhere that of x is a convolution, too.
+    One kernel makes all of them for 3 x 3 filters. Elsewhere that of x is a convolution, too. Behind an activation the
+    gradient of the sums comes first: they are computed again, and never written.
     """
     x, grad_out, kernel = x.contiguous(), grad_out.contiguous(), weight.shape[-1]
+    if silu:
+        grad_out = _convolved(x, weight, bias, residual, grad_out=grad_out)
     none = weight.new_empty(0), weight.new_empty(0) if bias is None else bias.new_empty(0)
     if not parameter_gradient:
         return _convolved(grad_out, weight, None, residual, flip=True), *none
@@ -68,7 +72,16 @@ def _strips(x: Tensor, tile: tiles.Tile) -> tuple[int, int]:
     return high * -(-(B * -(-W // 2)) // (tile.columns // 2)), -(-H // high)
 
 
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, flip: bool) -> Tensor:
+def _convolved(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: bool,
+    flip: bool = False,
+    silu: bool = False,
+    grad_out: Tensor | None = None,
+) -> Tensor:
+    """The convolved map, or SiLU of it; with `grad_out`, the gradient of that SiLU, that of the convolved map."""
     out = torch.empty_like(x)
     if not x.numel():
         return out
@@ -80,15 +93,16 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool, f
             tile = tiles.forward_three(C, x.element_size())
             count, steps = _strips(x, tile)
             launchable(kernels.forward_three)[(count * -(-C // tile.channels),)](
-                x, weight, bias, out, B, H, W, steps,
-                C=C, BLOCK_C=tile.channels, PAIRS=tile.columns // 2, RESIDUAL=residual, FLIP=flip, num_warps=tile.warps,
+                x, weight, bias, grad_out, out, B, H, W, steps,
+                C=C, BLOCK_C=tile.channels, PAIRS=tile.columns // 2,
+                RESIDUAL=residual, FLIP=flip, SILU=silu, num_warps=tile.warps,
             )  # fmt: skip
         else:
             tile = tiles.forward(C, x.element_size())
             launchable(kernels.forward)[(_tiles(x, tile) * -(-C // tile.channels),)](
-                x, weight, bias, out, B * H, H, W,
+                x, weight, bias, grad_out, out, B * H, H, W,
                 C=C, BLOCK_C=tile.channels, ROWS=tile.rows, COLUMNS=tile.columns,
-                KERNEL=kernel, RESIDUAL=residual, FLIP=flip, num_warps=tile.warps,
+                KERNEL=kernel, RESIDUAL=residual, FLIP=flip, SILU=silu, num_warps=tile.warps,
             )  # fmt: skip
     return out
 

@@ -9,7 +9,9 @@ from torch import Tensor
 from vizoo.ops.tracing import without_autocast
 
 
-def depthwise_conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: bool) -> Tensor:
+def depthwise_conv_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, residual: bool, activation: str | None
+) -> Tensor:
     """Computes what `vizoo.ops.depthwise_conv` defines."""
     wide = torch.promote_types(x.dtype, torch.float32)
     image = x.to(wide).permute(0, 3, 1, 2)  # channels last in memory: torch convolves it as it lies
@@ -23,4 +25,6 @@ def depthwise_conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None, *, 
         )
     if residual:
         out = out + image
+    if activation == "silu":
+        out = F.silu(out)
     return out.permute(0, 2, 3, 1).to(x.dtype).contiguous()

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,12 +20,13 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a map and of its filters, whether there is a bias, and whether the map is added."""
+    """Sizes of a map and of its filters, whether there is a bias, whether the map is added, and the activation."""
 
     shape: tuple[int, int, int, int]
     kernel: int = 3
     bias: bool = True
     residual: bool = False
+    activation: Literal["silu"] | None = None
 
     def tensors(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensors:
         generator = torch.Generator().manual_seed(1)
@@ -37,7 +38,8 @@ class Case:
         return {name: tensor.to(dtype).to(device) for name, tensor in drawn.items()}
 
     def call(self, implementation: Any) -> Callable[[Tensors], Tensor]:
-        return lambda tensors: depthwise_conv(**tensors, residual=self.residual, implementation=implementation)
+        options: dict[str, Any] = {"residual": self.residual, "activation": self.activation}
+        return lambda tensors: depthwise_conv(**tensors, **options, implementation=implementation)
 
 
 def by_hand(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: bool = False) -> Tensor:
@@ -63,6 +65,10 @@ SMALL = [
     Case((1, 3, 2, 20), kernel=5, residual=True, bias=False),
     Case((1, 5, 6, 8), kernel=7, residual=True),
     Case((1, 2, 3, 5), kernel=7),
+    Case((2, 5, 6, 24), activation="silu"),
+    Case((1, 4, 7, 16), residual=True, bias=False, activation="silu"),
+    Case((2, 4, 3, 12), kernel=5, activation="silu"),
+    Case((1, 5, 6, 8), kernel=7, residual=True, bias=False, activation="silu"),
 ]
 LARGE = [
     Case((8, 56, 56, 96), residual=True),
@@ -72,6 +78,9 @@ LARGE = [
     Case((2, 31, 30, 64), kernel=7),
     Case((1, 200, 334, 96), bias=False),
     Case((4, 9, 10, 1001), kernel=5, residual=True),
+    Case((8, 56, 56, 256), activation="silu"),
+    Case((128, 14, 14, 640), activation="silu"),
+    Case((3, 27, 14, 192), kernel=7, activation="silu"),
 ]
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 KERNEL = [*SMALL, *[pytest.param(case, marks=pytest.mark.gpu, id=str(case)) for case in LARGE]]
@@ -81,11 +90,14 @@ KERNEL = [*SMALL, *[pytest.param(case, marks=pytest.mark.gpu, id=str(case)) for 
 def test_reference_is_the_definition(case: Case) -> None:
     tensors = case.tensors(torch.float64)
     out = case.call("reference")(tensors)
-    torch.testing.assert_close(out, by_hand(**tensors, residual=case.residual))
+    sums = by_hand(**tensors, residual=case.residual)
+    torch.testing.assert_close(out, sums if case.activation is None else sums * sums.sigmoid())
     assert out.is_contiguous()
 
 
-@pytest.mark.parametrize("case", [Case((2, 3, 4, 2), residual=True), Case((1, 2, 3, 2), kernel=5)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case((2, 3, 4, 2), residual=True, activation="silu"), Case((1, 2, 3, 2), kernel=5)], ids=str
+)
 def test_reference_gradients(case: Case, checks: Any) -> None:
     checks.gradients(case.call("reference"), case.tensors(torch.float64))
 
@@ -97,9 +109,10 @@ def test_kernels(case: Case, dtype: torch.dtype, device: torch.device, checks: A
     checks.factor_two(case.call("triton"), reference, reference, case.tensors(dtype, device))
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("case", [Case((2, 5, 5, 24), residual=True), Case((2, 5, 5, 8), kernel=5)], ids=str)
 def test_programs_take_tiles_in_turn(
-    case: Case, device: torch.device, checks: Any, monkeypatch: pytest.MonkeyPatch
+    case: Case, activation: Any, device: torch.device, checks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tiles and strips that end in the midst of an image and of the channels; programs that get several of them."""
     for name in ("forward", "forward_three"):
@@ -107,6 +120,7 @@ def test_programs_take_tiles_in_turn(
     monkeypatch.setattr(tiles, "backward", lambda *sizes: tiles.Tile(4, 4, 16, warps=4, per_sm=2))
     monkeypatch.setattr(tiles, "weight_gradient", lambda *sizes: tiles.Tile(4, 4, 16, warps=4, per_sm=7))
     monkeypatch.setattr(gpu, "multiprocessors", lambda device: 3)
+    case = replace(case, activation=activation)
     reference = case.call("reference")
     checks.factor_two(case.call("triton"), reference, reference, case.tensors(torch.float32, device))
 
@@ -125,9 +139,10 @@ def test_tiles_fit_the_channels(channels: int, itemsize: int) -> None:
         assert tile.rows * tile.columns * tile.channels >= 32 * tile.warps
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("kernel", [3, 5])
-def test_kernels_take_any_strides(kernel: int, device: torch.device, checks: Any) -> None:
-    case = Case((1, 4, 5, 12), kernel=kernel)
+def test_kernels_take_any_strides(kernel: int, activation: Any, device: torch.device, checks: Any) -> None:
+    case = Case((1, 4, 5, 12), kernel=kernel, activation=activation)
     tensors = case.tensors(torch.float32, device)
     incoming = torch.randn(case.shape, device=device)
     expected = checks.values_and_gradients(case.call("triton"), tensors, incoming)
@@ -155,12 +170,12 @@ def test_dtypes_mix(implementation: Any, half: str, kernel: int, device: torch.d
     assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in mixed.values()]
 
 
-@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize(("kernel", "activation"), [(3, None), (5, None), (3, "silu")])
 @pytest.mark.parametrize("wanted", [("x",), ("weight",), ("bias",), ("x", "bias"), ("weight", "bias")], ids=str)
 def test_gradients_nobody_asked_for_are_not_computed(
-    wanted: tuple[str, ...], kernel: int, device: torch.device
+    wanted: tuple[str, ...], kernel: int, activation: Any, device: torch.device
 ) -> None:
-    case = Case((1, 3, 4, 12), kernel=kernel, residual=True)
+    case = Case((1, 3, 4, 12), kernel=kernel, residual=True, activation=activation)
     tensors = case.tensors(torch.float32, device)
     everything = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
     case.call("triton")(everything).square().sum().backward()
@@ -199,7 +214,7 @@ def test_infinity_stays_where_the_filter_reaches(kernel: int, device: torch.devi
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_empty_batch(implementation: Any, kernel: int, device: torch.device) -> None:
-    case = Case((0, 4, 5, 24), kernel=kernel, residual=True)
+    case = Case((0, 4, 5, 24), kernel=kernel, residual=True, activation="silu")
     leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors(torch.float16, device).items()}
     out = case.call(implementation)(leaves)
     out.sum().backward()
@@ -209,12 +224,13 @@ def test_empty_batch(implementation: Any, kernel: int, device: torch.device) -> 
 
 def registered(case: Case) -> Callable[[Tensors], Tensor]:
     return lambda leaves: torch.ops.vizoo.depthwise_conv(
-        leaves["x"], leaves["weight"], leaves.get("bias"), case.residual
+        leaves["x"], leaves["weight"], leaves.get("bias"), case.residual, case.activation == "silu"
     )
 
 
-def test_second_derivative_is_refused(device: torch.device) -> None:
-    case = Case((1, 2, 3, 8))
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_second_derivative_is_refused(activation: Any, device: torch.device) -> None:
+    case = Case((1, 2, 3, 8), activation=activation)
     leaves = {name: tensor.requires_grad_() for name, tensor in case.tensors(torch.float32, device).items()}
     for call, message in ((case.call("triton"), "once_differentiable"), (registered(case), "autograd formula")):
         (gradient,) = torch.autograd.grad(call(leaves).square().sum(), leaves["x"], create_graph=True)
@@ -224,18 +240,21 @@ def test_second_derivative_is_refused(device: torch.device) -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
 @pytest.mark.parametrize("wanted", [("x", "weight", "bias"), ("x",), ("weight",), ("x", "weight")], ids=str)
-@pytest.mark.parametrize("kernel", [3, 5])
-def test_operator_is_registered_well(wanted: tuple[str, ...], kernel: int, device: torch.device) -> None:
+@pytest.mark.parametrize(("kernel", "silu"), [(3, False), (5, False), (3, True)])
+def test_operator_is_registered_well(wanted: tuple[str, ...], kernel: int, silu: bool, device: torch.device) -> None:
     tensors = Case((1, 2, 3, 8), kernel=kernel).tensors(torch.float32, device)
     for name in wanted:
         tensors[name].requires_grad_()
     bias = None if wanted == ("x", "weight") else tensors["bias"]
-    torch.library.opcheck(function._forward, (tensors["x"], tensors["weight"], bias, True))
+    torch.library.opcheck(function._forward, (tensors["x"], tensors["weight"], bias, True, silu))
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_short_way_equals_the_registered_operator(bias: bool, device: torch.device, checks: Any) -> None:
-    case = Case((1, 4, 5, 24), bias=bias, residual=True)
+def test_the_short_way_equals_the_registered_operator(
+    bias: bool, activation: Any, device: torch.device, checks: Any
+) -> None:
+    case = Case((1, 4, 5, 24), bias=bias, residual=True, activation=activation)
     tensors, incoming = case.tensors(torch.float32, device), torch.randn(case.shape, device=device)
     short = checks.values_and_gradients(case.call("triton"), tensors, incoming)
     long = checks.values_and_gradients(registered(case), tensors, incoming)
@@ -254,12 +273,14 @@ def test_whoever_looks_on_sees_the_registered_operator(device: torch.device) -> 
 
 
 class Block(nn.Module):
-    def __init__(self, kernel: int = 3) -> None:
+    def __init__(self, kernel: int = 3, activation: Any = None) -> None:
         super().__init__()
+        self.activation = activation
         self.conv = nn.Conv2d(24, 24, kernel, padding=kernel // 2, groups=24)
 
     def forward(self, x: Tensor) -> Tensor:
-        return depthwise_conv(x.sin(), self.conv.weight, self.conv.bias, residual=True).cos()
+        weight, bias = self.conv.weight, self.conv.bias
+        return depthwise_conv(x.sin(), weight, bias, residual=True, activation=self.activation).cos()
 
 
 SIZES = [(2, 4, 5), (1, 4, 4), (3, 1, 7)]
@@ -275,11 +296,17 @@ def test_exports_with_free_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("implementation", "kernel"), [("reference", 3), ("triton", 3), pytest.param("triton", 5, marks=pytest.mark.gpu)]
+    ("implementation", "kernel", "activation"),
+    [
+        ("reference", 3, None),
+        ("triton", 3, None),
+        ("triton", 3, "silu"),
+        pytest.param("triton", 5, None, marks=pytest.mark.gpu),
+    ],
 )
-def test_compiles_without_graph_breaks(implementation: Any, kernel: int, device: torch.device) -> None:
+def test_compiles_without_graph_breaks(implementation: Any, kernel: int, activation: Any, device: torch.device) -> None:
     torch.compiler.reset()
-    block = Block(kernel).to(device)
+    block = Block(kernel, activation).to(device)
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
     with ops.use(implementation):
         for size in SIZES:
@@ -292,7 +319,8 @@ def test_compiles_without_graph_breaks(implementation: Any, kernel: int, device:
 
 
 @pytest.mark.gpu
-def test_compilers_get_the_kernels() -> None:
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_compilers_get_the_kernels(activation: Any) -> None:
     torch.compiler.reset()
     graphs: list[str] = []
 
@@ -300,21 +328,22 @@ def test_compilers_get_the_kernels() -> None:
         graphs.append(module.code)
         return module
 
-    block, x = Block().cuda(), torch.randn(2, 8, 9, 24, device="cuda")
+    block, x = Block(activation=activation).cuda(), torch.randn(2, 8, 9, 24, device="cuda")
     torch.testing.assert_close(torch.compile(block, fullgraph=True, backend=look)(x), block(x))
     assert "vizoo.depthwise_conv" in graphs[0]
     torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("wanted", [("x", "weight", "bias"), ("x",), ("weight",)], ids=str)
-def test_operations_are_counted(wanted: tuple[str, ...], device: torch.device) -> None:
-    case = Case((2, 2, 3, 16), kernel=5)
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_operations_are_counted(wanted: tuple[str, ...], activation: Any, device: torch.device) -> None:
+    case = Case((2, 2, 3, 16), kernel=5, activation=activation)
     tensors = case.tensors(torch.float32, device)
     for name in wanted:
         tensors[name].requires_grad_()
     with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
         case.call("triton")(tensors).sum().backward()
-    convolutions = 1 + ("x" in wanted) + ("weight" in wanted)
+    convolutions = 1 + ("x" in wanted) + ("weight" in wanted) + (activation is not None)
     assert counter.get_total_flops() == convolutions * 2 * 2 * 2 * 3 * 16 * 25
 
 
@@ -341,6 +370,11 @@ WEIGHT, BIAS = torch.randn(8, 1, 3, 3), torch.randn(8)
         (ValueError, r"filters must be 3 x 3, 5 x 5 or 7 x 7, got 2 x 3", {"weight": WEIGHT[:, :, :2]}),
         (ValueError, r"filters must be 3 x 3, 5 x 5 or 7 x 7, got 1 x 1", {"weight": WEIGHT[..., :1, :1]}),
         (ValueError, r"bias must have the shape \(C,\) = \(8,\), got \(7,\)", {"bias": BIAS[1:]}),
+        (
+            ValueError,
+            r"activation must be 'silu', or None .*, got 'relu'; nearest valid: 'silu'",
+            {"activation": "relu"},
+        ),
         (ValueError, r"bias must be on the device of x, cpu, got meta", {"bias": BIAS.to("meta")}),
         (ValueError, r"weight must be on the device of x, cpu, got meta", {"weight": WEIGHT.to("meta")}),
     ],

@@ -26,6 +26,8 @@ WRITTEN = {
     "channel_attention": [["result"], ["out"], ["result"], ["grad_qkv"]],
     "depthwise_conv 3": [["out"], ["grad_x", "parts"]],
     "depthwise_conv 5": [["out"], ["parts"], ["out"]],
+    "depthwise_conv 3, activation": [["out"], ["out"], ["grad_x", "parts"]],
+    "depthwise_conv 5, activation": [["out"], ["out"], ["parts"], ["out"]],
     "gated_linear_attention": [
         ["out", "part"],
         ["kept"],
@@ -126,3 +128,5 @@ def test_compilers_do_not_launch_a_backward_kernel_forward(graphs: dict[str, Any
     for name, kernels in WRITTEN.items():
         _, forward = graphs[f"{name}, static"]
         assert all(written in kernels and not any("grad" in each for each in written) for written in forward["written"])
+    for name in ("depthwise_conv 3, activation", "depthwise_conv 5, activation"):  # the sums again, by the same kernel
+        assert graphs[f"{name}, static"][1]["written"] == [["out"]]
