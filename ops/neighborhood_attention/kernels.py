@@ -178,6 +178,39 @@ def _added(column, row, visible, HAS_BIAS: tl.constexpr, COMPILED: tl.constexpr)
 
 
 @triton.jit
+def _met(
+    bias, p_z, p_y, p_x, real,
+    c_z, c_y, c_x, end_z, end_y, end_x,
+    size_z, size_y, size_x, g_z, g_y, g_x,
+    Y, X, DZ, DY, DX,
+    KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
+    SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
+    CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
+    HAS_BIAS: tl.constexpr, COMPILED: tl.constexpr,
+    CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
+):  # fmt: skip
+    """Pixels of a block of keys, and what is added to their logits. Behind the end it has the last key again and again:
+    within one instruction a pixel is fetched once, however often it is copied."""
+    n = tl.arange(0, CZ * CY * CX)
+    if len(p_z.shape) == 2:
+        n = n[None, :]
+    n_z, n_y, n_x = _split(n, CY, CX)
+    j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
+    k_z, k_y, k_x = tl.minimum(j_z, end_z - 1), tl.minimum(j_y, end_y - 1), tl.minimum(j_x, end_x - 1)
+    pixel = _pixel(k_z, k_y, k_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+    visible = _visible(
+        tl.expand_dims(p_z, -1), tl.expand_dims(p_y, -1), tl.expand_dims(p_x, -1),
+        tl.expand_dims(j_z, -2), tl.expand_dims(j_y, -2), tl.expand_dims(j_x, -2),
+        size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, True, True, True,
+    )  # fmt: skip
+    if HAS_BIAS:
+        bias += _entry(c_z - p_z, c_y - p_y, c_x - p_x, KY, KX)
+    added = _added(bias, _entry(n_z, n_y, n_x, KY, KX), visible, HAS_BIAS, COMPILED)
+    # A query past the end of its group sees nobody; any finite number keeps it from dividing zero by zero.
+    return pixel, tl.where(tl.expand_dims(real, -1), added, 0.0)
+
+
+@triton.jit
 def _turned(x):
     """A matrix, or each of a list, with rows and columns exchanged."""
     if len(x.shape) == 3:
@@ -313,13 +346,15 @@ def whole_forward(
     PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
     TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
-    STAGES: tl.constexpr, STACK: tl.constexpr, NEAR: tl.constexpr,
+    MORE: tl.constexpr, STAGES: tl.constexpr, STACK: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """Program (stack, head; share): STACK tiles of queries, one below the other, image after image.
 
     Each tile meets one block of all keys that it sees, in a product of its own. Of a stack a warp has one tile, without
     a part in the others' softmax; the blocks overlap, but for the caches. What is added to the logits is the same for
     all images: it is looked up once, and stays in registers.
+
+    If the keys of a tile come in 10 rows, a block of 8 and one of MORE = 2 right below it have them all.
     """
     BLOCK_M: tl.constexpr = TZ * TY * TX
     LAST: tl.constexpr = 2 if STACK > 1 else 1
@@ -331,30 +366,28 @@ def whole_forward(
     g_x, first_x, size_x = _axis(tile % across, X, DX, TX)
     if (first_z >= size_z) | (first_y >= size_y) | (first_x >= size_x) | (tl.program_id(1) >= images):
         return
-    m, n = tl.arange(0, BLOCK_M), tl.arange(0, CZ * CY * CX)
+    m = tl.arange(0, BLOCK_M)
     if STACK > 1:  # a list of tiles; else all that follows is one rank lower
-        m, n = m[None, :], n[None, :]
+        m = m[None, :]
         first_y += tl.arange(0, STACK)[:, None] * TY
     m_z, m_y, m_x = _split(m, TY, TX)
     p_z, p_y, p_x = first_z + m_z, first_y + m_y, first_x + m_x
     real = (p_z < size_z) & (p_y < size_y) & (p_x < size_x)
     pixel_q = _pixel(p_z, p_y, p_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
-    n_z, n_y, n_x = _split(n, CY, CX)
-    c_z, _ = _window(first_z, size_z, KZ, SZ, CAUSAL_Z)
-    c_y, _ = _window(first_y, size_y, KY, SY, CAUSAL_Y)
-    c_x, _ = _window(first_x, size_x, KX, SX, CAUSAL_X)
-    j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
-    pixel_k = _pixel(j_z, j_y, j_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
-    visible = _visible(
-        tl.expand_dims(p_z, -1), tl.expand_dims(p_y, -1), tl.expand_dims(p_x, -1),
-        tl.expand_dims(j_z, -2), tl.expand_dims(j_y, -2), tl.expand_dims(j_x, -2),
-        size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, True, True, True,
-    )  # fmt: skip
+    c_z, end_z = _union(first_z, size_z, TZ, KZ, SZ, CAUSAL_Z)
+    c_y, end_y = _union(first_y, size_y, TY, KY, SY, CAUSAL_Y)
+    c_x, end_x = _union(first_x, size_x, TX, KX, SX, CAUSAL_X)
     if HAS_BIAS:
-        bias = _bias_of(bias, head, KZ, KY, KX) + _entry(c_z - p_z, c_y - p_y, c_x - p_x, KY, KX)
-    added = _added(bias, _entry(n_z, n_y, n_x, KY, KX), visible, HAS_BIAS, COMPILED)
-    # A query past the end of its group sees nobody; any finite number keeps it from dividing zero by zero.
-    added = tl.where(tl.expand_dims(real, -1), added, 0.0)
+        bias = _bias_of(bias, head, KZ, KY, KX)
+    pixel_k, added = _met(
+        bias, p_z, p_y, p_x, real, c_z, c_y, c_x, end_z, end_y, end_x, size_z, size_y, size_x, g_z, g_y, g_x,
+        Y, X, DZ, DY, DX, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, HAS_BIAS, COMPILED, CZ, CY, CX,
+    )  # fmt: skip
+    if MORE:
+        pixel_more, added_more = _met(
+            bias, p_z, p_y, p_x, real, c_z, c_y + CY, c_x, end_z, end_y, end_x, size_z, size_y, size_x, g_z, g_y, g_x,
+            Y, X, DZ, DY, DX, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, HAS_BIAS, COMPILED, CZ, MORE, CX,
+        )  # fmt: skip
     factor = tl.cast(scale, tl.float32)
     if PACKED:
         k = q + HEADS * D
@@ -372,10 +405,21 @@ def whole_forward(
         keys = _vectors(k + inward, pixel_k, PITCH, D, BLOCK_D)
         values = _vectors(v + inward, pixel_k, PITCH, D, BLOCK_D)
         logits = tl.dot(query, _turned(keys), input_precision=PRECISION) * factor + added
-        highest = tl.max(logits, LAST) * LOG2E
+        highest = tl.max(logits, LAST)
+        if MORE:
+            keys_more = _vectors(k + inward, pixel_more, PITCH, D, BLOCK_D)
+            values_more = _vectors(v + inward, pixel_more, PITCH, D, BLOCK_D)
+            logits_more = tl.dot(query, _turned(keys_more), input_precision=PRECISION) * factor + added_more
+            highest = tl.maximum(highest, tl.max(logits_more, LAST))
+        highest *= LOG2E
         p = tl.exp2(logits * LOG2E - tl.expand_dims(highest, -1))
         total = tl.sum(p, LAST)
-        value = tl.dot(p.to(values.dtype), values, input_precision=PRECISION) * tl.expand_dims(1.0 / total, -1)
+        value = tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
+        if MORE:
+            p_more = tl.exp2(logits_more * LOG2E - tl.expand_dims(highest, -1))
+            total += tl.sum(p_more, LAST)
+            value = tl.dot(p_more.to(values.dtype), values_more, value, input_precision=PRECISION)
+        value *= tl.expand_dims(1.0 / total, -1)
         target = out + image * Z * Y * X * (HEADS * D) + head * D
         _put_vectors(target, value, pixel_q, real, HEADS * D, D, BLOCK_D)
         statistics = lse + (image * HEADS + head) * Z * Y * X

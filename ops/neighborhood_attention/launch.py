@@ -120,7 +120,7 @@ def forward(
                 counts, grid = _shared(call, whole)
                 launchable(kernels.whole_forward)[grid](
                     *call.inputs, out, lse, *call.numbers(counts), call.images,
-                    STACK=whole.stack, NEAR=whole.near, **call.constants(whole),
+                    MORE=whole.more, STACK=whole.stack, NEAR=whole.near, **call.constants(whole),
                 )  # fmt: skip
     return out, lse
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -42,6 +43,7 @@ class Tile:
         stack: Tiles of a program, one below the other, of the forward kernel whose blocks hold all keys.
         near: Whether its keys and values pass through the first-level cache, where tiles of a stack find each other's:
             the copies are half as long.
+        more: Rows of a second block right below the first, of the same kernel: a reach of 10 is 8 and 2, not 16.
     """
 
     tile: Sides
@@ -51,6 +53,13 @@ class Tile:
     per_sm: int = 4
     stack: int = 1
     near: bool = False
+    more: int = 0
+
+    @property
+    def keys(self) -> int:
+        """Keys of all blocks of a step."""
+        z, y, x = self.block
+        return z * (y + self.more) * x
 
 
 def power_of_two(n: int) -> int:
@@ -82,35 +91,48 @@ def tiled(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Til
 
 @lru_cache(maxsize=256)
 def whole(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Tile | None:
-    """Tiles whose windows fit one block of keys; None if there are none.
+    """Tiles whose windows fit a block of keys, or one and a smaller below it; None if there are none.
 
     In the forward pass a warp has 16 queries: a stack of such tiles with a block of keys each, or a tile of 32, whose
     keys are fetched once for twice as many queries. A thread holds a quarter of the logits of a query, what is added to
-    them, and its part of the keys: beyond 128 keys, or 4096 numbers of them, that is more than its registers. In the
+    them, and its part of the keys: beyond 160 keys, or 5120 numbers of them, that is more than its registers. In the
     backward pass, where the gradient of the logits and its sum over images come to that, warps divide the keys.
     """
     forward = kind == "forward"
     found: dict[Tile, float] = {}
     for tile in _boxes(16) + _boxes(32):
         reach = (min(side + more - 1, size) for side, more, size in zip(tile, kernel, sizes, strict=True))
-        z, y, x = (1 << (n - 1).bit_length() for n in reach)
-        block = (z, max(y, -(-16 // (z * x))), x)  # at least what a matrix unit takes
-        keys, queries = math.prod(block), math.prod(tile)
-        if itemsize != 2 or keys > 128 or keys * power_of_two(d) > 4096:
-            continue
-        if forward:
-            # At 56 x 56, 7 x 7 and 32 channels a sweep on an H100 found two warps with loads ahead 1.4 times as fast
-            # as four without.
-            for stack in (2, 4) if queries == 16 else (1,):
-                warps = max(stack, 2)
-                per_sm = 16 // warps
-                chosen = Tile(tile, block, warps, stages=2, per_sm=per_sm, stack=stack)
-                found[chosen] = _waste((tile[0], tile[1] * stack, tile[2]), sizes) * keys * (1 + KEY_COST * d / queries)
-        elif queries == 16:
-            # Within 3 % of the best of that sweep at 7 x 7 and 32 channels, on maps of 56 x 56, 28 x 28 and 14 x 14.
-            chosen = Tile(tile, block, warps=4, stages=3, per_sm=3 if keys > 64 else 4)
-            found[chosen] = _waste(tile, sizes) * keys
+        for block, more in covers(*reach):
+            chosen, queries = Tile(tile, block, warps=2, stages=3, more=more), math.prod(tile)
+            if itemsize != 2 or chosen.keys > 160 or chosen.keys * power_of_two(d) > 5120:
+                continue
+            if forward and queries == 32:
+                chosen = replace(chosen, per_sm=4 if chosen.keys > 64 else 8)
+                found[chosen] = _waste(tile, sizes) * chosen.keys * (1 + KEY_COST * d / queries)
+            elif forward and not more:
+                # At 56 x 56, 7 x 7 and 32 channels a sweep on an H100 found two warps 1.4 times as fast as four. Three
+                # stages, of which two are in memory at a time, have no room there.
+                for stack in (2, 4):
+                    stacked = replace(chosen, warps=stack, stages=2, per_sm=16 // stack, stack=stack)
+                    waste = _waste((tile[0], tile[1] * stack, tile[2]), sizes)
+                    found[stacked] = waste * chosen.keys * (1 + KEY_COST * d / queries)
+            elif not forward and queries == 16 and not more:
+                # Within 3 % of the best of that sweep at 7 x 7 and 32 channels, for maps of 56 x 56 to 14 x 14.
+                chosen = replace(chosen, warps=4, per_sm=3 if chosen.keys > 64 else 4)
+                found[chosen] = _waste(tile, sizes) * chosen.keys
     return min(found, key=lambda tile: (found[tile], max(tile.tile)), default=None)  # of equals the squarest
+
+
+def covers(z: int, y: int, x: int) -> Iterator[tuple[Sides, int]]:
+    """Blocks for a box of keys, sides powers of two, with the rows of a second below: one block, and two if smaller."""
+    z, x = (1 << (n - 1).bit_length() for n in (z, x))
+    high = 1 << (y - 1).bit_length()
+    least = -(-16 // (z * x))  # rows that a matrix unit takes
+    yield (z, max(high, least), x), 0
+    low = high // 2
+    more = max(1 << (y - low - 1).bit_length(), least)
+    if least <= low < y and low + more < high:
+        yield (z, low, x), more
 
 
 @lru_cache(maxsize=256)

@@ -301,6 +301,42 @@ def test_kernels(case: Case, dtype: torch.dtype, device: torch.device, checks: A
     checks.factor_two(case.call("triton"), case.plain, case.call("reference"), tensors)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((12, 11), 7, batch=2, d=32),
+        Case((19, 13), 5, (2, 1), causal=(False, True), packed=False, bias=False),
+        Case((2, 11, 9), (2, 5, 3), d=24),
+    ],
+    ids=str,
+)
+def test_keys_in_two_blocks(case: Case, device: torch.device, checks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A box of keys a little larger than a block takes a second one of few rows."""
+    chosen = []
+
+    def whole(*arguments: Any) -> Tile | None:
+        chosen.append(before(*arguments))
+        return chosen[-1]
+
+    before = tiles.whole
+    monkeypatch.setattr(tiles, "whole", whole)
+    checks.factor_two(case.call("triton"), case.plain, case.call("reference"), case.tensors(torch.float16, device))
+    assert any(tile is not None and tile.more for tile in chosen)
+
+
+@pytest.mark.parametrize("reach", [(1, 10, 14), (1, 9, 2), (2, 3, 2), (1, 16, 16), (1, 33, 1), (3, 5, 7), (1, 1, 1)])
+def test_blocks_cover_a_box_of_keys(reach: tuple[int, int, int]) -> None:
+    z, y, x = reach
+    for block, more in tiles.covers(*reach):
+        assert block[0] >= z
+        assert block[1] + more >= y
+        assert block[2] >= x
+        for rows in (block[1], more) if more else (block[1],):
+            assert rows & (rows - 1) == 0
+            assert block[0] * rows * block[2] >= 16
+    assert dict(tiles.covers(1, 10, 14)) == {(1, 16, 16): 0, (1, 8, 16): 2}
+
+
 @pytest.mark.parametrize("stack", [1, 2])
 def test_loads_through_the_first_level_cache_change_nothing(
     stack: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
