@@ -179,14 +179,14 @@ def _added(column, row, visible, HAS_BIAS: tl.constexpr, COMPILED: tl.constexpr)
 
 @triton.jit
 def _met(
-    bias, p_z, p_y, p_x, real,
+    bias, p_z, p_y, p_x,
     c_z, c_y, c_x, end_z, end_y, end_x,
     size_z, size_y, size_x, g_z, g_y, g_x,
     Y, X, DZ, DY, DX,
     KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
-    HAS_BIAS: tl.constexpr, COMPILED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, COMPILED: tl.constexpr, KEYS_DOWN: tl.constexpr,
     CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
 ):  # fmt: skip
     """Pixels of a block of keys, and what is added to their logits. Behind the end it has the last key again and again:
@@ -198,16 +198,19 @@ def _met(
     j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
     k_z, k_y, k_x = tl.minimum(j_z, end_z - 1), tl.minimum(j_y, end_y - 1), tl.minimum(j_x, end_x - 1)
     pixel = _pixel(k_z, k_y, k_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+    QUERY: tl.constexpr = -2 if KEYS_DOWN else -1  # which axis of a product is not that of the queries
+    KEY: tl.constexpr = -1 if KEYS_DOWN else -2
     visible = _visible(
-        tl.expand_dims(p_z, -1), tl.expand_dims(p_y, -1), tl.expand_dims(p_x, -1),
-        tl.expand_dims(j_z, -2), tl.expand_dims(j_y, -2), tl.expand_dims(j_x, -2),
+        tl.expand_dims(p_z, QUERY), tl.expand_dims(p_y, QUERY), tl.expand_dims(p_x, QUERY),
+        tl.expand_dims(j_z, KEY), tl.expand_dims(j_y, KEY), tl.expand_dims(j_x, KEY),
         size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, True, True, True,
     )  # fmt: skip
+    entry_q, entry_k = _entry(c_z - p_z, c_y - p_y, c_x - p_x, KY, KX), _entry(n_z, n_y, n_x, KY, KX)
+    if KEYS_DOWN:
+        entry_q, entry_k = entry_k, entry_q
     if HAS_BIAS:
-        bias += _entry(c_z - p_z, c_y - p_y, c_x - p_x, KY, KX)
-    added = _added(bias, _entry(n_z, n_y, n_x, KY, KX), visible, HAS_BIAS, COMPILED)
-    # A query past the end of its group sees nobody; any finite number keeps it from dividing zero by zero.
-    return pixel, tl.where(tl.expand_dims(real, -1), added, 0.0)
+        entry_q += bias
+    return pixel, _added(entry_q, entry_k, visible, HAS_BIAS, COMPILED)
 
 
 @triton.jit
@@ -380,13 +383,17 @@ def whole_forward(
     if HAS_BIAS:
         bias = _bias_of(bias, head, KZ, KY, KX)
     pixel_k, added = _met(
-        bias, p_z, p_y, p_x, real, c_z, c_y, c_x, end_z, end_y, end_x, size_z, size_y, size_x, g_z, g_y, g_x,
-        Y, X, DZ, DY, DX, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, HAS_BIAS, COMPILED, CZ, CY, CX,
+        bias, p_z, p_y, p_x, c_z, c_y, c_x, end_z, end_y, end_x, size_z, size_y, size_x, g_z, g_y, g_x,
+        Y, X, DZ, DY, DX, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, HAS_BIAS, COMPILED, False,
+        CZ, CY, CX,
     )  # fmt: skip
+    # A query past the end of its group sees nobody; any finite number keeps it from dividing zero by zero.
+    added = tl.where(tl.expand_dims(real, -1), added, 0.0)
     if MORE:
         pixel_more, added_more = _met(
-            bias, p_z, p_y, p_x, real, c_z, c_y + CY, c_x, end_z, end_y, end_x, size_z, size_y, size_x, g_z, g_y, g_x,
-            Y, X, DZ, DY, DX, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, HAS_BIAS, COMPILED, CZ, MORE, CX,
+            bias, p_z, p_y, p_x, c_z, c_y + CY, c_x, end_z, end_y, end_x, size_z, size_y, size_x, g_z, g_y, g_x,
+            Y, X, DZ, DY, DX, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, HAS_BIAS, COMPILED, False,
+            CZ, MORE, CX,
         )  # fmt: skip
     factor = tl.cast(scale, tl.float32)
     if PACKED:
@@ -473,19 +480,16 @@ def whole_backward_queries(
     p_z, p_y, p_x = first_z + m_z, first_y + m_y, first_x + m_x
     real = (p_z < size_z) & (p_y < size_y) & (p_x < size_x)
     pixel_q = _pixel(p_z, p_y, p_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
-    n_z, n_y, n_x = _split(tl.arange(0, BLOCK_N), CY, CX)
-    c_z, _ = _window(first_z, size_z, KZ, SZ, CAUSAL_Z)
-    c_y, _ = _window(first_y, size_y, KY, SY, CAUSAL_Y)
-    c_x, _ = _window(first_x, size_x, KX, SX, CAUSAL_X)
-    j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
-    pixel_k = _pixel(j_z, j_y, j_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
-    visible = _visible(
-        p_z[None, :], p_y[None, :], p_x[None, :], j_z[:, None], j_y[:, None], j_x[:, None],
-        size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, True, True, True,
-    )  # fmt: skip
+    c_z, end_z = _union(first_z, size_z, TZ, KZ, SZ, CAUSAL_Z)
+    c_y, end_y = _union(first_y, size_y, TY, KY, SY, CAUSAL_Y)
+    c_x, end_x = _union(first_x, size_x, TX, KX, SX, CAUSAL_X)
     if HAS_BIAS:
-        bias = _bias_of(bias, head, KZ, KY, KX) + _entry(n_z, n_y, n_x, KY, KX)
-    added = _added(bias, _entry(c_z - p_z, c_y - p_y, c_x - p_x, KY, KX), visible, HAS_BIAS, COMPILED)
+        bias = _bias_of(bias, head, KZ, KY, KX)
+    pixel_k, added = _met(
+        bias, p_z, p_y, p_x, c_z, c_y, c_x, end_z, end_y, end_x, size_z, size_y, size_x, g_z, g_y, g_x,
+        Y, X, DZ, DY, DX, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, HAS_BIAS, COMPILED, True,
+        CZ, CY, CX,
+    )  # fmt: skip
     factor = tl.cast(scale, tl.float32)
     if BIAS_GRADIENT:
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
