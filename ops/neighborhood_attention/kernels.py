@@ -70,11 +70,14 @@ def _split(n, BY: tl.constexpr, BX: tl.constexpr):
 
 
 @triton.jit
-def _pixel(z, y, x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX):
-    """Index on the map of places of a group; of the nearest for those that are none."""
-    z = tl.maximum(tl.minimum(z, size_z - 1), 0)
-    y = tl.maximum(tl.minimum(y, size_y - 1), 0)
-    x = tl.maximum(tl.minimum(x, size_x - 1), 0)
+def _pixel(z, y, x, end_z, end_y, end_x, g_z, g_y, g_x, Y, X, DZ, DY, DX):
+    """Index on the map of places of a group; of the nearest for those past the end, of the group or of what is met.
+
+    What one instruction loads of a pixel again and again it fetches once.
+    """
+    z = tl.maximum(tl.minimum(z, end_z - 1), 0)
+    y = tl.maximum(tl.minimum(y, end_y - 1), 0)
+    x = tl.maximum(tl.minimum(x, end_x - 1), 0)
     return ((z * DZ + g_z) * Y + y * DY + g_y) * X + x * DX + g_x
 
 
@@ -189,15 +192,13 @@ def _met(
     HAS_BIAS: tl.constexpr, COMPILED: tl.constexpr, KEYS_DOWN: tl.constexpr,
     CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
 ):  # fmt: skip
-    """Pixels of a block of keys, and what is added to their logits. Behind the end it has the last key again and again:
-    within one instruction a pixel is fetched once, however often it is copied."""
+    """Pixels of a block of keys, and what is added to their logits; keys are columns, or rows if KEYS_DOWN."""
     n = tl.arange(0, CZ * CY * CX)
     if len(p_z.shape) == 2:
         n = n[None, :]
     n_z, n_y, n_x = _split(n, CY, CX)
     j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
-    k_z, k_y, k_x = tl.minimum(j_z, end_z - 1), tl.minimum(j_y, end_y - 1), tl.minimum(j_x, end_x - 1)
-    pixel = _pixel(k_z, k_y, k_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+    pixel = _pixel(j_z, j_y, j_x, end_z, end_y, end_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
     QUERY: tl.constexpr = -2 if KEYS_DOWN else -1  # which axis of a product is not that of the queries
     KEY: tl.constexpr = -1 if KEYS_DOWN else -2
     visible = _visible(
@@ -301,7 +302,7 @@ def forward(
         bias = _bias_of(bias, head, KZ, KY, KX) + _entry(c_z - p_z, c_y - p_y, c_x - p_x, KY, KX)
     for _ in tl.range(0, blocks, num_stages=STAGES):
         j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
-        pixel = _pixel(j_z, j_y, j_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+        pixel = _pixel(j_z, j_y, j_x, end_z, end_y, end_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
         keys = _vectors(k + inward, pixel, PITCH, D, BLOCK_D)
         values = _vectors(v + inward, pixel, PITCH, D, BLOCK_D)
         visible = _visible(
@@ -626,7 +627,7 @@ def backward_queries(
         bias = _bias_of(bias, head, KZ, KY, KX) + _entry(c_z - p_z, c_y - p_y, c_x - p_x, KY, KX)
     for _ in tl.range(0, blocks, num_stages=STAGES):
         j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
-        pixel = _pixel(j_z, j_y, j_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+        pixel = _pixel(j_z, j_y, j_x, end_z, end_y, end_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
         keys = _vectors(k + inward, pixel, PITCH, D, BLOCK_D)
         values = _vectors(v + inward, pixel, PITCH, D, BLOCK_D)
         visible = _visible(
@@ -711,7 +712,7 @@ def backward_keys(
         bias += _entry(first_z - c_z - m_z, first_y - c_y - m_y, first_x - c_x - m_x, KY, KX)
     for _ in tl.range(0, blocks, num_stages=STAGES):
         p_z, p_y, p_x = c_z + m_z, c_y + m_y, c_x + m_x
-        pixel = _pixel(p_z, p_y, p_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+        pixel = _pixel(p_z, p_y, p_x, end_z, end_y, end_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
         query = _vectors(q + inward, pixel, PITCH, D, BLOCK_D)
         incoming = _vectors(grad_out + outward, pixel, HEADS * D, D, BLOCK_D)
         lse_q = tl.load(lse + statistics + pixel)
