@@ -118,8 +118,8 @@ def forward(
                 if whole.stack > 1 and not LISTS_AHEAD:
                     whole = replace(whole, stages=1)
                 counts, grid = _shared(call, whole)
-                launchable(kernels.whole_forward)[grid](
-                    *call.inputs, out, lse, *call.numbers(counts), call.images,
+                _launch(
+                    kernels.whole_forward, grid, whole, *call.inputs, out, lse, *call.numbers(counts), call.images,
                     MORE=whole.more, STACK=whole.stack, NEAR=whole.near, **call.constants(whole),
                 )  # fmt: skip
     return out, lse
@@ -130,7 +130,14 @@ def _for_tiles(call: _Call, kind: tiles.Kind, kernel: Any, *tensors: Tensor | No
     tile = call.tile(kind)
     counts = call.tile_counts(tile)
     programs = call.images * call.heads * math.prod(counts)
-    launchable(kernel)[(programs,)](*tensors, *call.numbers(counts), **call.constants(tile))
+    _launch(kernel, (programs,), tile, *tensors, *call.numbers(counts), **call.constants(tile))
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], tile: tiles.Tile, *arguments: Any, **constants: Any) -> None:
+    """Torch's compilers cannot pass on that registers are bounded."""
+    seen = launchable(kernel)
+    bound = {"maxnreg": tile.registers} if tile.registers and seen is kernel else {}
+    seen[grid](*arguments, **constants, **bound)
 
 
 def _shared(call: _Call, tile: tiles.Tile) -> tuple[tuple[int, int, int], tuple[int, int]]:
@@ -191,9 +198,10 @@ def _whole_queries(call: _Call, tile: tiles.Tile, tensors: tuple[Tensor | None, 
         block = math.prod(tile.tile), math.prod(tile.block)
         parts = grad_bias.new_empty((grid[1], call.heads, math.prod(counts), *block), dtype=torch.float32)
     constants = call.constants(tile)
-    launchable(kernels.whole_backward_queries)[grid](
-        *tensors, parts, *call.numbers(counts), call.images, BIAS_GRADIENT=parts is not None, **constants
-    )
+    _launch(
+        kernels.whole_backward_queries, grid, tile, *tensors, parts, *call.numbers(counts), call.images,
+        BIAS_GRADIENT=parts is not None, **constants,
+    )  # fmt: skip
     if grad_bias is None or parts is None:
         return
     wanted = (*(f"{name}{axis}" for name in ("K", "CAUSAL_", "T", "C") for axis in "ZYX"),)
@@ -213,7 +221,8 @@ def _bias_gradient(call: _Call, grad_out: Tensor, lse: Tensor, delta: Tensor, gr
     block = math.prod(tile.tile), math.prod(tile.block)
     parts = lse.new_empty((columns * rows, call.heads, math.prod(blocks), *block))
     grid = {**_by_axis("FROM_", begin), "ROWS": blocks[1], "COLUMNS": blocks[2]}
-    launchable(kernels.backward_bias)[(pairs, columns * rows)](
+    _launch(
+        kernels.backward_bias, (pairs, columns * rows), tile,
         grad_out, *call.inputs, lse, delta, parts, *call.numbers(counts), call.images, columns,
         **grid, **call.constants(tile),
     )  # fmt: skip

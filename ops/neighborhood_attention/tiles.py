@@ -44,6 +44,7 @@ class Tile:
         near: Whether its keys and values pass through the first-level cache, where tiles of a stack find each other's:
             the copies are half as long.
         more: Rows of a second block right below the first, of the same kernel: a reach of 10 is 8 and 2, not 16.
+        registers: What a thread may have; 0 for as many as the compiler likes.
     """
 
     tile: Sides
@@ -54,6 +55,7 @@ class Tile:
     stack: int = 1
     near: bool = False
     more: int = 0
+    registers: int = 0
 
     @property
     def keys(self) -> int:
