@@ -50,42 +50,64 @@ def boxes(volume: int) -> Iterator[Sides]:
     return ((1, 1 << i, volume >> i) for i in range(volume.bit_length()))
 
 
-def whole_choices(kind: str, sizes: Sides, kernel: Sides, quick: bool) -> Iterator[Tile]:
-    """Tiles of 16 and 32 queries whose windows fit a block."""
-    for volume, stages in itertools.product((16, 32), (1, 2, 3)):
+def whole_choices(kind: str, sizes: Sides, kernel: Sides, d: int, quick: bool) -> Iterator[Tile]:
+    """Tiles of 16 and 32 queries whose windows fit a block, or two; only the best by the estimate if quick."""
+    for volume in (16, 32):
+        found: dict[Tile, float] = {}
         for tile in boxes(volume):
             reach = (min(side + more - 1, size) for side, more, size in zip(tile, kernel, sizes, strict=True))
-            block = _sides(1 << (n - 1).bit_length() for n in reach)
-            if 16 <= math.prod(block) <= 128:
-                launches = whole_launches(kind, volume, quick)
-                yield from (Tile(tile, block, stages=stages, **launch) for launch in launches)
+            for block, more in tiles.covers(*reach):
+                choice = Tile(tile, block, warps=2, stages=3, more=more)
+                if choice.keys <= 160 and not (more and (kind != "whole forward" or volume < 32)):
+                    found[choice] = tiles._waste(tile, sizes) * choice.keys * (1 + tiles.KEY_COST * d / volume)
+        best = sorted(found, key=lambda choice: found[choice])
+        for choice in best[:1] if quick else best:
+            yield from (replace(choice, **launch) for launch in whole_launches(kind, volume, quick))
 
 
 def whole_launches(kind: str, volume: int, quick: bool) -> Iterator[dict[str, Any]]:
-    """In the forward pass a warp has 16 queries, in the backward pass warps divide the keys."""
+    """In the forward pass a warp has 16 queries, in the backward pass warps divide the keys.
+
+    Registers bound to 200 let five programs of two warps run at a time; to 128, four of four warps.
+    """
     if kind == "whole queries":
-        choices = itertools.product((2, 4, 8), (2, 3, 4) if quick else (1, 2, 3, 4, 6, 8))
-        yield from ({"warps": warps, "per_sm": per_sm} for warps, per_sm in choices)
+        if quick and volume == 16:
+            places = ((3, 0), (4, 0), (4, 128), (8, 128))
+            yield from ({"warps": 4, "per_sm": per_sm, "registers": registers} for per_sm, registers in places)
+        elif not quick:
+            choices = itertools.product((2, 4, 8), (1, 2, 3), (2, 3, 4, 6, 8), (0, 128))
+            names = "warps", "stages", "per_sm", "registers"
+            yield from (dict(zip(names, choice, strict=True)) for choice in choices)
         return
-    stacks = (1,) if volume == 32 else (2, 4)
-    for stack, near, per_sm in itertools.product(stacks, (False, True), (2, 4) if quick else (2, 3, 4, 6, 8)):
+    stacks = (1,) if volume == 32 else (2,) if quick else (2, 4)
+    nears, stages = ((False,), (2, 3)) if quick else ((False, True), (1, 2, 3, 4))
+    for stack, near, stage, per_sm in itertools.product(
+        stacks, nears, stages, (4, 5, 8) if quick else (2, 3, 4, 5, 6, 8)
+    ):
         if stack > 1 or not near:
-            yield {"warps": stack * volume // 16, "per_sm": per_sm, "stack": stack, "near": near}
+            chosen = {"warps": stack * volume // 16, "per_sm": per_sm, "stages": stage, "stack": stack, "near": near}
+            yield from ({**chosen, "registers": registers} for registers in ((0, 200) if stack == 1 else (0,)))
 
 
 def tiled_choices(kind: str, sizes: Sides, kernel: Sides, d: int, quick: bool) -> Iterator[Tile]:
     """Tiles and blocks whose estimate is within half of the best of their volume."""
-    for queries, keys in itertools.product((64,) if quick else PLACES, (64,) if quick else PLACES):
+    narrow = quick and kind == "keys"
+    volumes = (
+        itertools.product((32,), (32, 64)) if narrow else ((64, 64),) if quick else itertools.product(PLACES, PLACES)
+    )
+    for queries, keys in volumes:
         shapes = {
             shape: tiles._cost(*shape, sizes, kernel, d) for shape in itertools.product(boxes(queries), boxes(keys))
         }
         best = min(shapes.values())
         near = sorted((shape for shape in shapes if shapes[shape] <= 1.5 * best), key=lambda shape: shapes[shape])
-        for tile, block in near[:3]:
-            for warps, stages in itertools.product((4,) if quick else (1, 2, 4, 8), (1, 2, 3)):
+        for tile, block in near[: 1 if narrow else 3]:
+            for warps, stages in itertools.product((1,) if narrow else (4,) if quick else (1, 2, 4, 8), (1, 2, 3)):
                 if warps <= max(1, queries // 16):
                     choice = Tile(tile, block, warps, stages)
                     yield from (replace(choice, per_sm=n) for n in ((2, 4, 8) if kind == "bias" else (4,)))
+                    if kind == "keys" and warps == 1:  # twelve programs at a time instead of eight
+                        yield replace(choice, registers=168)
 
 
 def _sides(values: Iterator[int]) -> Sides:
@@ -107,7 +129,7 @@ def sweep(kind: str, shape: tuple[Any, ...], floor: float, quick: bool) -> None:
     run = runs(*shape)["forward" if kind.endswith("forward") else "backward"]
     before_whole, before_tiled = tiles.whole, tiles.tiled
     whole, pass_over = kind.startswith("whole"), kind.removeprefix("whole ")
-    choices = whole_choices(kind, sizes, side, quick) if whole else tiled_choices(kind, sizes, side, d, quick)
+    choices = whole_choices(kind, sizes, side, d, quick) if whole else tiled_choices(kind, sizes, side, d, quick)
     results: list[tuple[float, Tile]] = []
     for tile in choices:
 
