@@ -62,13 +62,13 @@ def whole_choices(kind: str, sizes: Sides, kernel: Sides, d: int, quick: bool) -
                     found[choice] = tiles._waste(tile, sizes) * choice.keys * (1 + tiles.KEY_COST * d / volume)
         best = sorted(found, key=lambda choice: found[choice])
         for choice in best[:1] if quick else best:
-            yield from (replace(choice, **launch) for launch in whole_launches(kind, volume, quick))
+            yield from (replace(choice, **launch) for launch in whole_launches(kind, volume, choice.keys, quick))
 
 
-def whole_launches(kind: str, volume: int, quick: bool) -> Iterator[dict[str, Any]]:
+def whole_launches(kind: str, volume: int, keys: int, quick: bool) -> Iterator[dict[str, Any]]:
     """In the forward pass a warp has 16 queries, in the backward pass warps divide the keys.
 
-    Registers bound to 200 let five programs of two warps run at a time; to 128, four of four warps.
+    Registers bound to 200 let five programs of two warps run at a time; to 128, eight, or four of four warps.
     """
     if kind == "whole queries":
         if quick and volume == 16:
@@ -79,6 +79,7 @@ def whole_launches(kind: str, volume: int, quick: bool) -> Iterator[dict[str, An
             names = "warps", "stages", "per_sm", "registers"
             yield from (dict(zip(names, choice, strict=True)) for choice in choices)
         return
+    most = 128 if keys <= 64 else 200
     stacks = (1,) if volume == 32 else (2,) if quick else (2, 4)
     nears, stages = ((False,), (2, 3)) if quick else ((False, True), (1, 2, 3, 4))
     for stack, near, stage, per_sm in itertools.product(
@@ -86,7 +87,7 @@ def whole_launches(kind: str, volume: int, quick: bool) -> Iterator[dict[str, An
     ):
         if stack > 1 or not near:
             chosen = {"warps": stack * volume // 16, "per_sm": per_sm, "stages": stage, "stack": stack, "near": near}
-            yield from ({**chosen, "registers": registers} for registers in ((0, 200) if stack == 1 else (0,)))
+            yield from ({**chosen, "registers": registers} for registers in ((0, most) if stack == 1 else (0,)))
 
 
 def tiled_choices(kind: str, sizes: Sides, kernel: Sides, d: int, quick: bool) -> Iterator[Tile]:

@@ -109,7 +109,9 @@ def whole(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Til
             if itemsize != 2 or chosen.keys > 160 or chosen.keys * power_of_two(d) > 5120:
                 continue
             if forward and queries == 32:
-                chosen = replace(chosen, per_sm=4 if chosen.keys > 64 else 8)
+                # Programs as registers allow: eight of them hide each other's loads, fewer have theirs ahead.
+                per_sm = 4 if chosen.keys > 96 or d > 32 else 5 if chosen.keys > 64 else 8
+                chosen = replace(chosen, stages=2 if per_sm == 8 else 3, per_sm=per_sm)
                 found[chosen] = _waste(tile, sizes) * chosen.keys * (1 + KEY_COST * d / queries)
             elif forward and not more:
                 # At 56 x 56, 7 x 7 and 32 channels a sweep on an H100 found two warps 1.4 times as fast as four. Three
