@@ -81,13 +81,10 @@ def whole_launches(kind: str, volume: int, keys: int, quick: bool) -> Iterator[d
         return
     most = 128 if keys <= 64 else 200
     stacks = (1,) if volume == 32 else (2,) if quick else (2, 4)
-    nears, stages = ((False,), (2, 3)) if quick else ((False, True), (1, 2, 3, 4))
-    for stack, near, stage, per_sm in itertools.product(
-        stacks, nears, stages, (4, 5, 8) if quick else (2, 3, 4, 5, 6, 8)
-    ):
-        if stack > 1 or not near:
-            chosen = {"warps": stack * volume // 16, "per_sm": per_sm, "stages": stage, "stack": stack, "near": near}
-            yield from ({**chosen, "registers": registers} for registers in ((0, most) if stack == 1 else (0,)))
+    stages, places = ((2, 3), (4, 5, 8)) if quick else ((1, 2, 3, 4), (2, 3, 4, 5, 6, 8))
+    for stack, stage, per_sm in itertools.product(stacks, stages, places):
+        chosen = {"warps": stack * volume // 16, "per_sm": per_sm, "stages": stage, "stack": stack}
+        yield from ({**chosen, "registers": registers} for registers in ((0, most) if stack == 1 else (0,)))
 
 
 def tiled_choices(kind: str, sizes: Sides, kernel: Sides, d: int, quick: bool) -> Iterator[Tile]:

@@ -350,7 +350,7 @@ def whole_forward(
     PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
     TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
-    MORE: tl.constexpr, STAGES: tl.constexpr, STACK: tl.constexpr, NEAR: tl.constexpr,
+    MORE: tl.constexpr, STAGES: tl.constexpr, STACK: tl.constexpr,
 ):  # fmt: skip
     """Program (stack, head; share): STACK tiles of queries, one below the other, image after image.
 
@@ -400,12 +400,6 @@ def whole_forward(
     if PACKED:
         k = q + HEADS * D
         v = q + 2 * HEADS * D
-    if NEAR:
-        # Copies of 8 bytes to shared memory pass through the first-level cache, those of 16 pass it by. This is zero,
-        # which compilers do not see: they take addresses for multiples of 8 bytes.
-        aside = (tl.program_id(1) >> 31) * 4
-        k += aside
-        v += aside
     for number in tl.range(tl.program_id(1), images, tl.num_programs(1), num_stages=STAGES):
         image = tl.cast(number, tl.int64)
         inward = image * Z * Y * X * PITCH + head * D

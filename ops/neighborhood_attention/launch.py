@@ -120,7 +120,7 @@ def forward(
                 counts, grid = _shared(call, whole)
                 _launch(
                     kernels.whole_forward, grid, whole, *call.inputs, out, lse, *call.numbers(counts), call.images,
-                    MORE=whole.more, STACK=whole.stack, NEAR=whole.near, **call.constants(whole),
+                    MORE=whole.more, STACK=whole.stack, **call.constants(whole),
                 )  # fmt: skip
     return out, lse
 

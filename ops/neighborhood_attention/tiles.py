@@ -41,8 +41,6 @@ class Tile:
         stages: Loop iterations whose loads are in flight at once.
         per_sm: Programs that a multiprocessor has at a time, of kernels that loop over images.
         stack: Tiles of a program, one below the other, of the forward kernel whose blocks hold all keys.
-        near: Whether its keys and values pass through the first-level cache, where tiles of a stack find each other's:
-            the copies are half as long.
         more: Rows of a second block right below the first, of the same kernel: a reach of 10 is 8 and 2, not 16.
         registers: What a thread may have; 0 for as many as the compiler likes.
     """
@@ -53,7 +51,6 @@ class Tile:
     stages: int
     per_sm: int = 4
     stack: int = 1
-    near: bool = False
     more: int = 0
     registers: int = 0
 

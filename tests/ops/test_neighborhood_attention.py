@@ -4,7 +4,7 @@ import importlib.util
 import itertools
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -338,18 +338,12 @@ def test_blocks_cover_a_box_of_keys(reach: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("stack", [1, 2])
-def test_loads_through_the_first_level_cache_change_nothing(
-    stack: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tiles_of_a_stack_are_tiles(stack: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = TINY[0].tensors(torch.float16, device)
-    shape = Tile((1, 2, 8), (1, 4, 16), warps=stack, stages=2, stack=stack)
-    outputs = []
-    for near in (False, True):
-        tile = replace(shape, near=near)
-        monkeypatch.setattr(tiles, "whole", lambda *arguments, tile=tile: tile)
-        outputs.append(TINY[0].call("triton")(tensors))
-    torch.testing.assert_close(*outputs, rtol=0, atol=0)
-    torch.testing.assert_close(outputs[0], TINY[0].call("reference")(tensors), rtol=1e-2, atol=1e-2)
+    tile = Tile((1, 2, 8), (1, 4, 16), warps=stack, stages=2, stack=stack)
+    monkeypatch.setattr(tiles, "whole", lambda *arguments: tile)
+    output = TINY[0].call("triton")(tensors)
+    torch.testing.assert_close(output, TINY[0].call("reference")(tensors), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("fewest", [1, 9])
