@@ -30,6 +30,7 @@ from result_files import RESULTS, save
 from speed_report import ratios, report
 from vizoo.benchmark import (
     DTYPES,
+    ROW,
     Execution,
     PeakMemory,
     Step,
@@ -130,6 +131,7 @@ def main() -> None:
     device = choose_device(options.device)
     options.dtype = choose_dtype(options.dtype, device)
     settings = {key: str(value) for key, value in vars(options).items() if key != "output"}
+    settings["calls_at_a_time"] = str(ROW)
     facts, kind = environment(device), "features" if options.features else "models"
     warnings.simplefilter("ignore")  # the peers' own
     cases = cases_of(options, options.batch_size or ([128] if device.type == "cuda" else [1, 8]))
