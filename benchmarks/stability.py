@@ -89,10 +89,11 @@ def started(name: str, dtype: str, options: argparse.Namespace) -> dict[str, Any
 
 def progress(model: nn.Module, updates: OptimWrapper, losses: list[Tensor], norms: list[Tensor]) -> dict[str, Any]:
     finite = all(p.isfinite().all() for p in model.parameters()) and bool(torch.stack(losses).isfinite().all())
+    scaler = getattr(updates, "scaler", None)
     return {
         "updates_done": len(losses),
         "finite": finite,
-        "loss_scale": float(updates.loss_scaler.get_scale()) if hasattr(updates, "loss_scaler") else None,
+        "loss_scale": scaler.get_scale() if scaler is not None and scaler.is_enabled() else None,
         "losses": [round(value, 4) for value in torch.stack(losses).tolist()],
         "norms_of_parameters": [round(value, 3) for value in torch.stack(norms).tolist()],
     }
