@@ -24,7 +24,7 @@ LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def _axis(tile, length, dilation, T: tl.constexpr):
+def _axis(tile, length, dilation, T):
     """Group of a tile, its first place, and the size of the group. Tiles of all groups stand side by side."""
     group = tile % dilation
     return group, tile // dilation * T, (length - group + dilation - 1) // dilation
@@ -43,7 +43,7 @@ def _window(p, size, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _union(first, size, T: tl.constexpr, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr):
+def _union(first, size, T, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr):
     """First key that any query of a tile sees, and the one after the last: windows move with their queries."""
     start, _ = _window(first, size, K, S, CAUSAL)
     _, end = _window(tl.minimum(first + T, size) - 1, size, K, S, CAUSAL)
@@ -181,6 +181,19 @@ def _added(column, row, visible, HAS_BIAS: tl.constexpr, COMPILED: tl.constexpr)
 
 
 @triton.jit
+def _over(n, w):
+    """n // w by a product, exact where n * w stays below 2 ** 16: places of a box against a side of it."""
+    return (n * ((w + 65535) // w)) >> 16
+
+
+@triton.jit
+def _ends(p, first, size, K: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr):
+    """First and last key that queries p see, counted from the first of their tile; none past the end of the group."""
+    start, end = _window(p, size, K, S, CAUSAL)
+    return tl.where(p < size, start - first, 16384), end - 1 - first
+
+
+@triton.jit
 def _met(
     bias, p_z, p_y, p_x,
     c_z, c_y, c_x, end_z, end_y, end_x,
@@ -189,29 +202,57 @@ def _met(
     KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
-    HAS_BIAS: tl.constexpr, COMPILED: tl.constexpr, KEYS_DOWN: tl.constexpr,
-    CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
+    HAS_BIAS: tl.constexpr, COMPILED: tl.constexpr, KEYS_DOWN: tl.constexpr, FLAT: tl.constexpr,
+    FIRST: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Pixels of a block of keys, and what is added to their logits; keys are columns, or rows if KEYS_DOWN."""
-    n = tl.arange(0, CZ * CY * CX)
+    """Pixels of keys of a box from the FIRST on, and what is added to their logits; keys are columns, or rows if
+    KEYS_DOWN. Behind the last of the box all have its pixel, and nobody sees them.
+
+    Each pair takes a few instructions: places in the box have a half of a number for each of two axes, of which that of
+    a difference is negative where a key is out of sight.
+    """
+    n = FIRST + tl.arange(0, KEYS)
     if len(p_z.shape) == 2:
         n = n[None, :]
-    n_z, n_y, n_x = _split(n, CY, CX)
-    j_z, j_y, j_x = c_z + n_z, c_y + n_y, c_x + n_x
-    pixel = _pixel(j_z, j_y, j_x, end_z, end_y, end_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
     QUERY: tl.constexpr = -2 if KEYS_DOWN else -1  # which axis of a product is not that of the queries
     KEY: tl.constexpr = -1 if KEYS_DOWN else -2
-    visible = _visible(
-        tl.expand_dims(p_z, QUERY), tl.expand_dims(p_y, QUERY), tl.expand_dims(p_x, QUERY),
-        tl.expand_dims(j_z, KEY), tl.expand_dims(j_y, KEY), tl.expand_dims(j_x, KEY),
-        size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, True, True, True,
-    )  # fmt: skip
-    entry_q, entry_k = _entry(c_z - p_z, c_y - p_y, c_x - p_x, KY, KX), _entry(n_z, n_y, n_x, KY, KX)
-    if KEYS_DOWN:
-        entry_q, entry_k = entry_k, entry_q
-    if HAS_BIAS:
-        entry_q += bias
-    return pixel, _added(entry_q, entry_k, visible, HAS_BIAS, COMPILED)
+    wide, high = end_x - c_x, end_y - c_y
+    row = _over(n, wide)
+    n_z, n_y, n_x = row * 0, row, n - row * wide
+    if not FLAT:
+        n_z = _over(row, high)
+        n_y -= n_z * high
+    in_box = n < (end_z - c_z) * high * wide
+    near_y, near_x = tl.where(in_box, c_y + n_y, end_y - 1), tl.where(in_box, c_x + n_x, end_x - 1)
+    pixel = _pixel(c_z + n_z, near_y, near_x, end_z, end_y, end_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+    start_y, last_y = _ends(p_y, c_y, size_y, KY, SY, CAUSAL_Y)
+    start_x, last_x = _ends(p_x, c_x, size_x, KX, SX, CAUSAL_X)
+    key = tl.expand_dims(n_y * 65536 + n_x, KEY)
+    behind = key - tl.expand_dims(start_y * 65536 + start_x, QUERY)
+    hidden = (behind | (tl.expand_dims(last_y * 65536 + last_x, QUERY) - key)) & -2147450880  # both signs
+    if not FLAT:
+        start_z, last_z = _ends(p_z, c_z, size_z, KZ, SZ, CAUSAL_Z)
+        key_z = tl.expand_dims(n_z, KEY)
+        hidden |= (key_z < tl.expand_dims(start_z, QUERY)).to(tl.int32)
+        hidden |= (key_z > tl.expand_dims(last_z, QUERY)).to(tl.int32)
+    if not HAS_BIAS:
+        added = tl.where(hidden == 0, 0.0, float("-inf"))
+    else:
+        pointers = tl.expand_dims(bias + _entry(c_z - p_z, c_y - p_y, c_x - p_x, KY, KX), QUERY)
+        entry = tl.expand_dims(_entry(n_z, n_y, n_x, KY, KX).to(tl.int32), KEY)
+        if COMPILED:  # as in `_added`
+            added = tl.inline_asm_elementwise(
+                "{ .reg .pred p; .reg .b64 a; setp.eq.s32 p, $3, 0; mad.wide.s32 a, $2, 4, $1; "
+                "mov.b32 $0, 0xff800000; @p ld.global.nc.f32 $0, [a]; }",
+                "=f,l,r,r",
+                [pointers.to(tl.int64), entry, hidden],
+                dtype=tl.float32,
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            added = tl.load(pointers + entry, mask=hidden == 0, other=float("-inf"))
+    return pixel, added
 
 
 @triton.jit
@@ -349,8 +390,8 @@ def whole_forward(
     CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
     PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
     TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
-    CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
-    MORE: tl.constexpr, STAGES: tl.constexpr, STACK: tl.constexpr,
+    KEYS: tl.constexpr,
+    MORE: tl.constexpr, STAGES: tl.constexpr, STACK: tl.constexpr, DIVIDES: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     """Program (stack, head; share): STACK tiles of queries, one below the other, image after image.
 
@@ -358,7 +399,14 @@ def whole_forward(
     a part in the others' softmax; the blocks overlap, but for the caches. What is added to the logits is the same for
     all images: it is looked up once, and stays in registers.
 
-    If the keys of a tile come in 10 rows, a block of 8 and one of MORE = 2 right below it have them all.
+    The keys of a tile are a box of any sides, and stand one behind the other, row after row, in a block of KEYS and one
+    of MORE: 10 x 14 keys are 128 and 16 columns, four of which nobody sees.
+
+    If it TURNS, a tile in the last rows of a group is half as high and twice as wide when that is enough: 8 x 4 queries
+    leave 4 rows of 28 to tiles of 4 x 8.
+
+    A product that starts at what is added, divided by the scale, has the logits for one multiplication, which is that
+    to powers of two. With DIVIDES the scale is positive, and of usual size.
     """
     BLOCK_M: tl.constexpr = TZ * TY * TX
     LAST: tl.constexpr = 2 if STACK > 1 else 1
@@ -367,7 +415,12 @@ def whole_forward(
     tile = tl.program_id(0) // HEADS
     g_z, first_z, size_z = _axis(tile // (down * across), Z, DZ, TZ)
     g_y, first_y, size_y = _axis(tile // across % down, Y, DY, TY * STACK)
-    g_x, first_x, size_x = _axis(tile % across, X, DX, TX)
+    if TURNS:
+        wide = size_y - first_y <= TY // 2
+        high_y, wide_x = tl.where(wide, TY // 2, TY), tl.where(wide, 2 * TX, TX)
+    else:
+        high_y, wide_x = TY, TX
+    g_x, first_x, size_x = _axis(tile % across, X, DX, wide_x)
     if (first_z >= size_z) | (first_y >= size_y) | (first_x >= size_x) | (tl.program_id(1) >= images):
         return
     m = tl.arange(0, BLOCK_M)
@@ -375,28 +428,37 @@ def whole_forward(
         m = m[None, :]
         first_y += tl.arange(0, STACK)[:, None] * TY
     m_z, m_y, m_x = _split(m, TY, TX)
+    if TURNS:
+        _, wide_m_y, wide_m_x = _split(m, TY // 2, 2 * TX)
+        m_y, m_x = tl.where(wide, wide_m_y, m_y), tl.where(wide, wide_m_x, m_x)
     p_z, p_y, p_x = first_z + m_z, first_y + m_y, first_x + m_x
     real = (p_z < size_z) & (p_y < size_y) & (p_x < size_x)
     pixel_q = _pixel(p_z, p_y, p_x, size_z, size_y, size_x, g_z, g_y, g_x, Y, X, DZ, DY, DX)
+    # Behind the end of its group is its last query, again and again: one that saw nobody would divide zero by zero.
+    p_z, p_y, p_x = tl.minimum(p_z, size_z - 1), tl.minimum(p_y, size_y - 1), tl.minimum(p_x, size_x - 1)
     c_z, end_z = _union(first_z, size_z, TZ, KZ, SZ, CAUSAL_Z)
-    c_y, end_y = _union(first_y, size_y, TY, KY, SY, CAUSAL_Y)
-    c_x, end_x = _union(first_x, size_x, TX, KX, SX, CAUSAL_X)
+    c_y, end_y = _union(first_y, size_y, high_y, KY, SY, CAUSAL_Y)
+    c_x, end_x = _union(first_x, size_x, wide_x, KX, SX, CAUSAL_X)
     if HAS_BIAS:
         bias = _bias_of(bias, head, KZ, KY, KX)
     pixel_k, added = _met(
         bias, p_z, p_y, p_x, c_z, c_y, c_x, end_z, end_y, end_x, size_z, size_y, size_x, g_z, g_y, g_x,
         Y, X, DZ, DY, DX, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, HAS_BIAS, COMPILED, False,
-        CZ, CY, CX,
+        TZ * KZ == 1, 0, KEYS,
     )  # fmt: skip
-    # A query past the end of its group sees nobody; any finite number keeps it from dividing zero by zero.
-    added = tl.where(tl.expand_dims(real, -1), added, 0.0)
     if MORE:
         pixel_more, added_more = _met(
-            bias, p_z, p_y, p_x, c_z, c_y + CY, c_x, end_z, end_y, end_x, size_z, size_y, size_x, g_z, g_y, g_x,
+            bias, p_z, p_y, p_x, c_z, c_y, c_x, end_z, end_y, end_x, size_z, size_y, size_x, g_z, g_y, g_x,
             Y, X, DZ, DY, DX, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, HAS_BIAS, COMPILED, False,
-            CZ, MORE, CX,
+            TZ * KZ == 1, KEYS, MORE,
         )  # fmt: skip
-    factor = tl.cast(scale, tl.float32)
+    unit = LOG2E * tl.cast(scale, tl.float32)
+    if DIVIDES:
+        added *= LOG2E / unit
+        if MORE:
+            added_more *= LOG2E / unit
+    else:
+        factor, unit = tl.cast(scale, tl.float32), tl.cast(LOG2E, tl.float32)
     if PACKED:
         k = q + HEADS * D
         v = q + 2 * HEADS * D
@@ -406,19 +468,25 @@ def whole_forward(
         query = _vectors(q + inward, pixel_q, PITCH, D, BLOCK_D)
         keys = _vectors(k + inward, pixel_k, PITCH, D, BLOCK_D)
         values = _vectors(v + inward, pixel_k, PITCH, D, BLOCK_D)
-        logits = tl.dot(query, _turned(keys), input_precision=PRECISION) * factor + added
+        if DIVIDES:
+            logits = tl.dot(query, _turned(keys), added, input_precision=PRECISION)
+        else:
+            logits = tl.dot(query, _turned(keys), input_precision=PRECISION) * factor + added
         highest = tl.max(logits, LAST)
         if MORE:
             keys_more = _vectors(k + inward, pixel_more, PITCH, D, BLOCK_D)
             values_more = _vectors(v + inward, pixel_more, PITCH, D, BLOCK_D)
-            logits_more = tl.dot(query, _turned(keys_more), input_precision=PRECISION) * factor + added_more
+            if DIVIDES:
+                logits_more = tl.dot(query, _turned(keys_more), added_more, input_precision=PRECISION)
+            else:
+                logits_more = tl.dot(query, _turned(keys_more), input_precision=PRECISION) * factor + added_more
             highest = tl.maximum(highest, tl.max(logits_more, LAST))
-        highest *= LOG2E
-        p = tl.exp2(logits * LOG2E - tl.expand_dims(highest, -1))
+        highest *= unit
+        p = tl.exp2(logits * unit - tl.expand_dims(highest, -1))
         total = tl.sum(p, LAST)
         value = tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
         if MORE:
-            p_more = tl.exp2(logits_more * LOG2E - tl.expand_dims(highest, -1))
+            p_more = tl.exp2(logits_more * unit - tl.expand_dims(highest, -1))
             total += tl.sum(p_more, LAST)
             value = tl.dot(p_more.to(values.dtype), values_more, value, input_precision=PRECISION)
         value *= tl.expand_dims(1.0 / total, -1)
@@ -452,7 +520,7 @@ def whole_backward_queries(
     CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
     PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
     TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
-    CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
+    KEYS: tl.constexpr,
     STAGES: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, head; share): the gradient of a tile of queries whose keys fit one block, image after image.
@@ -462,7 +530,7 @@ def whole_backward_queries(
     divide among them: nothing is reduced over keys but in the last product.
     """
     BLOCK_M: tl.constexpr = TZ * TY * TX
-    BLOCK_N: tl.constexpr = CZ * CY * CX
+    BLOCK_N: tl.constexpr = KEYS
     PITCH: tl.constexpr = (3 if PACKED else 1) * HEADS * D
     head = tl.program_id(0) % HEADS
     tile = tl.program_id(0) // HEADS
@@ -483,7 +551,7 @@ def whole_backward_queries(
     pixel_k, added = _met(
         bias, p_z, p_y, p_x, c_z, c_y, c_x, end_z, end_y, end_x, size_z, size_y, size_x, g_z, g_y, g_x,
         Y, X, DZ, DY, DX, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, HAS_BIAS, COMPILED, True,
-        CZ, CY, CX,
+        TZ * KZ == 1, 0, KEYS,
     )  # fmt: skip
     factor = tl.cast(scale, tl.float32)
     if BIAS_GRADIENT:
@@ -528,12 +596,11 @@ def whole_fold_bias(
     KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
     TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
-    CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
+    KEYS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Program (entry of the bias, head): the sum over all queries of all tiles; each has one key at that offset."""
     BLOCK_M: tl.constexpr = TZ * TY * TX
-    BLOCK_N: tl.constexpr = CZ * CY * CX
     entry, head = tl.program_id(0), tl.program_id(1)
     offset_z, offset_y, offset_x = _split(entry, 2 * KY - 1, 2 * KX - 1)
     m = tl.arange(0, BLOCK_M)[None, :]
@@ -544,16 +611,18 @@ def whole_fold_bias(
         _, first_z, size_z = _axis(tile // (down * across), Z, DZ, TZ)
         _, first_y, size_y = _axis(tile // across % down, Y, DY, TY)
         _, first_x, size_x = _axis(tile % across, X, DX, TX)
-        c_z, _ = _window(first_z, size_z, KZ, 1, CAUSAL_Z)
-        c_y, _ = _window(first_y, size_y, KY, 1, CAUSAL_Y)
-        c_x, _ = _window(first_x, size_x, KX, 1, CAUSAL_X)
+        c_z, end_z = _union(first_z, size_z, TZ, KZ, 1, CAUSAL_Z)
+        c_y, end_y = _union(first_y, size_y, TY, KY, 1, CAUSAL_Y)
+        c_x, end_x = _union(first_x, size_x, TX, KX, 1, CAUSAL_X)
         n_z = first_z + m_z + offset_z - (KZ - 1) - c_z
         n_y = first_y + m_y + offset_y - (KY - 1) - c_y
         n_x = first_x + m_x + offset_x - (KX - 1) - c_x
         # Tiles behind the end of a shorter group have written nothing.
         inside = (tile < tiles) & (first_z < size_z) & (first_y < size_y) & (first_x < size_x)
-        inside &= (n_z >= 0) & (n_y >= 0) & (n_x >= 0) & (n_z < CZ) & (n_y < CY) & (n_x < CX)
-        row = ((head * tiles + tile) * BLOCK_N + (n_z * CY + n_y) * CX + n_x).to(tl.int64)
+        inside &= (n_z >= 0) & (n_y >= 0) & (n_x >= 0)
+        inside &= (n_z < end_z - c_z) & (n_y < end_y - c_y) & (n_x < end_x - c_x)
+        n = (n_z * (end_y - c_y) + n_y) * (end_x - c_x) + n_x
+        row = ((head * tiles + tile) * KEYS + n).to(tl.int64)
         value += tl.load(total + row * BLOCK_M + m, mask=inside, other=0.0)
     tl.store(grad_bias + head * tl.num_programs(0) + entry, tl.sum(tl.sum(value, 1), 0).to(grad_bias.dtype.element_ty))
 
@@ -720,7 +789,8 @@ def backward_keys(
         logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * factor + added
         p = tl.exp2(logits * LOG2E - lse_q[:, None])
         dv = tl.dot(tl.trans(p.to(incoming.dtype)), incoming, dv, input_precision=PRECISION)
-        ds = p * (tl.dot(incoming, tl.trans(values), input_precision=PRECISION) - delta_q[:, None])
+        less = tl.broadcast_to(-delta_q[:, None], p.shape)
+        ds = p * tl.dot(incoming, tl.trans(values), less, input_precision=PRECISION)
         dk = tl.dot(tl.trans(ds.to(query.dtype)), query, dk, input_precision=PRECISION)
         before = _entry(c_z, c_y, c_x, KY, KX)
         c_z, c_y, c_x = _next(c_z, c_y, c_x, start_y, start_x, end_y, end_x, CZ, CY, CX)

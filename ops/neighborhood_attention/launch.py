@@ -77,6 +77,7 @@ class _Call:
         """What kernels are compiled for."""
         (KZ, KY, KX), (SZ, SY, SX), (CAUSAL_Z, CAUSAL_Y, CAUSAL_X) = self.kernel, self.stride, self.causal
         (TZ, TY, TX), (CZ, CY, CX) = tile.tile, tile.block
+        block = {"CZ": CZ, "CY": CY, "CX": CX} if tile.keys == 0 else {"KEYS": tile.keys}
         return {
             "HEADS": self.heads, "D": self.d, "BLOCK_D": tiles.power_of_two(self.d),
             "KZ": KZ, "KY": KY, "KX": KX,
@@ -87,7 +88,7 @@ class _Call:
             "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",  # halves have but one precision
             "COMPILED": self.device.type == "cuda",
             "TZ": TZ, "TY": TY, "TX": TX,
-            "CZ": CZ, "CY": CY, "CX": CX,
+            **block,
             "STAGES": tile.stages,
             "num_warps": tile.warps,
         }  # fmt: skip
@@ -120,7 +121,8 @@ def forward(
                 counts, grid = _shared(call, whole)
                 _launch(
                     kernels.whole_forward, grid, whole, *call.inputs, out, lse, *call.numbers(counts), call.images,
-                    MORE=whole.more, STACK=whole.stack, **call.constants(whole),
+                    MORE=whole.more, STACK=whole.stack, TURNS=whole.turns, DIVIDES=1e-6 < scale < 1e6,
+                    **call.constants(whole),
                 )  # fmt: skip
     return out, lse
 
@@ -147,7 +149,10 @@ def _shared(call: _Call, tile: tiles.Tile) -> tuple[tuple[int, int, int], tuple[
     places = gpu.multiprocessors(call.device) * tile.per_sm
     shares = -(-places // programs)
     if type(shares) is int and type(call.images) is int:
-        shares = tiles.shares(programs, call.images, places)
+        rows, columns = call.sizes[1:]
+        # Those of a last row whose tiles are half as high and twice as wide: every other one has nothing to do.
+        idle = call.dilation[1] * (counts[2] - call.dilation[2] * -(-columns // (2 * tile.tile[2]))) if tile.turns else 0
+        shares = tiles.shares(programs - call.heads * counts[0] * idle, call.images, places)
     return counts, (programs, shares)
 
 
@@ -195,7 +200,7 @@ def _whole_queries(call: _Call, tile: tiles.Tile, tensors: tuple[Tensor | None, 
     counts, grid = _shared(call, tile)
     parts = None
     if grad_bias is not None:
-        block = math.prod(tile.tile), math.prod(tile.block)
+        block = tile.keys, math.prod(tile.tile)
         parts = grad_bias.new_empty((grid[1], call.heads, math.prod(counts), *block), dtype=torch.float32)
     constants = call.constants(tile)
     _launch(
@@ -204,7 +209,7 @@ def _whole_queries(call: _Call, tile: tiles.Tile, tensors: tuple[Tensor | None, 
     )  # fmt: skip
     if grad_bias is None or parts is None:
         return
-    wanted = (*(f"{name}{axis}" for name in ("K", "CAUSAL_", "T", "C") for axis in "ZYX"),)
+    wanted = "KEYS", *(f"{name}{axis}" for name in ("K", "CAUSAL_", "T") for axis in "ZYX")
     entries = math.prod(2 * side - 1 for side in call.kernel)
     launchable(kernels.whole_fold_bias)[(entries, call.heads)](
         parts.sum(0), grad_bias, *call.numbers(counts)[1:], AT_ONCE=16, **{name: constants[name] for name in wanted}

@@ -36,12 +36,14 @@ class Tile:
 
     Attributes:
         tile: Places of a tile along each axis, powers of two; queries, or keys in the kernel of their gradients.
-        block: Places of a block that a tile meets at a time, likewise.
+        block: Places of a block that a tile meets at a time, likewise, of kernels that visit block after block.
         warps: Warps of a program.
         stages: Loop iterations whose loads are in flight at once.
         per_sm: Programs that a multiprocessor has at a time, of kernels that loop over images.
         stack: Tiles of a program, one below the other, of the forward kernel whose blocks hold all keys.
-        more: Rows of a second block right below the first, of the same kernel: a reach of 10 is 8 and 2, not 16.
+        keys: Keys of the only block, of kernels whose blocks hold all keys: a power of two.
+        more: Keys of a second block behind the first, of the forward kernel among them: 140 are 128 and 16, not 256.
+        turns: Whether tiles of the last rows of the same kernel are half as high and twice as wide, if that is enough.
         registers: What a thread may have; 0 for as many as the compiler likes.
     """
 
@@ -51,14 +53,10 @@ class Tile:
     stages: int
     per_sm: int = 4
     stack: int = 1
+    keys: int = 0
     more: int = 0
+    turns: bool = False
     registers: int = 0
-
-    @property
-    def keys(self) -> int:
-        """Keys of all blocks of a step."""
-        z, y, x = self.block
-        return z * (y + self.more) * x
 
 
 def power_of_two(n: int) -> int:
@@ -100,40 +98,52 @@ def whole(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Til
     forward = kind == "forward"
     found: dict[Tile, float] = {}
     for tile in _boxes(16) + _boxes(32):
-        reach = (min(side + more - 1, size) for side, more, size in zip(tile, kernel, sizes, strict=True))
-        for block, more in covers(*reach):
-            chosen, queries = Tile(tile, block, warps=2, stages=3, more=more), math.prod(tile)
-            if itemsize != 2 or chosen.keys > 160 or chosen.keys * power_of_two(d) > 5120:
+        for keys, more in covers(reach(tile, sizes, kernel)):
+            chosen, queries, columns = Tile(tile, (1, 1, 1), 2, 3, keys=keys, more=more), math.prod(tile), keys + more
+            if itemsize != 2 or columns > 160 or columns * power_of_two(d) > 5120:
                 continue
             if forward and queries == 32:
                 # Programs as registers allow: eight of them hide each other's loads, fewer have theirs ahead.
-                per_sm = 4 if chosen.keys > 96 or d > 32 else 5 if chosen.keys > 64 else 8
-                chosen = replace(chosen, stages=2 if per_sm == 8 else 3, per_sm=per_sm)
-                found[chosen] = _waste(tile, sizes) * chosen.keys * (1 + KEY_COST * d / queries)
+                per_sm = 4 if columns > 128 or d > 32 else 5 if columns > 64 else 8
+                bound = 200 if 96 < columns <= 128 and per_sm == 5 else 0
+                turns = turnable(tile, sizes, kernel, columns)
+                chosen = replace(
+                    chosen, stages=2 if per_sm == 8 else 3, per_sm=per_sm, turns=turns, registers=bound
+                )
+                found[chosen] = _waste(tile, sizes, turns) * columns * (1 + KEY_COST * d / queries)
             elif forward and not more:
                 # At 56 x 56, 7 x 7 and 32 channels a sweep on an H100 found two warps 1.4 times as fast as four. Three
                 # stages, of which two are in memory at a time, have no room there.
                 for stack in (2, 4):
                     stacked = replace(chosen, warps=stack, stages=2, per_sm=16 // stack, stack=stack)
                     waste = _waste((tile[0], tile[1] * stack, tile[2]), sizes)
-                    found[stacked] = waste * chosen.keys * (1 + KEY_COST * d / queries)
+                    found[stacked] = waste * columns * (1 + KEY_COST * d / queries)
             elif not forward and queries == 16 and not more:
                 # Within 3 % of the best of that sweep at 7 x 7 and 32 channels, for maps of 56 x 56 to 14 x 14.
-                chosen = replace(chosen, warps=4, per_sm=3 if chosen.keys > 64 else 4)
-                found[chosen] = _waste(tile, sizes) * chosen.keys
+                chosen = replace(chosen, warps=4, per_sm=3 if columns > 64 else 4)
+                found[chosen] = _waste(tile, sizes) * columns
     return min(found, key=lambda tile: (found[tile], max(tile.tile)), default=None)  # of equals the squarest
 
 
-def covers(z: int, y: int, x: int) -> Iterator[tuple[Sides, int]]:
-    """Blocks for a box of keys, sides powers of two, with the rows of a second below: one block, and two if smaller."""
-    z, x = (1 << (n - 1).bit_length() for n in (z, x))
-    high = 1 << (y - 1).bit_length()
-    least = -(-16 // (z * x))  # rows that a matrix unit takes
-    yield (z, max(high, least), x), 0
-    low = high // 2
-    more = max(1 << (y - low - 1).bit_length(), least)
-    if least <= low < y and low + more < high:
-        yield (z, low, x), more
+def reach(tile: Sides, sizes: Sides, kernel: Sides) -> int:
+    """Most keys that a tile sees."""
+    return math.prod(min(side + more - 1, size) for side, more, size in zip(tile, kernel, sizes, strict=True))
+
+
+def covers(keys: int) -> Iterator[tuple[int, int]]:
+    """Blocks for so many keys, powers of two that a matrix unit takes: one, and two if together they are smaller."""
+    one = power_of_two(keys)
+    yield one, 0
+    low = one // 2
+    more = power_of_two(max(1, keys - low))
+    if low >= 16 and low + more < one:
+        yield low, more
+
+
+def turnable(tile: Sides, sizes: Sides, kernel: Sides, columns: int) -> bool:
+    """Whether the last rows of a group fit tiles half as high, whose keys fit as many columns if twice as wide."""
+    z, y, x = tile
+    return 0 < sizes[1] % y <= y // 2 and reach((z, y // 2, 2 * x), sizes, kernel) <= columns
 
 
 @lru_cache(maxsize=256)
@@ -146,9 +156,11 @@ def shares(programs: int, images: int, places: int) -> int:
     return min(range(1, min(images, MAX_SHARES * max(1, places // programs)) + 1), key=time)
 
 
-def _waste(tile: Sides, sizes: Sides) -> float:
+def _waste(tile: Sides, sizes: Sides, turns: bool = False) -> float:
     """Places of all tiles for each place of a group."""
-    return math.prod(-(-size // side) * side / size for size, side in zip(sizes, tile, strict=True))
+    planes, rows, columns = (-(-size // side) for size, side in zip(sizes, tile, strict=True))
+    plane = (rows - 1) * columns + -(-sizes[2] // (2 * tile[2])) if turns else rows * columns
+    return planes * plane * math.prod(tile) / math.prod(sizes)
 
 
 def _boxes(volume: int) -> list[Sides]:

@@ -324,23 +324,57 @@ def test_keys_in_two_blocks(case: Case, device: torch.device, checks: Any, monke
     assert any(tile is not None and tile.more for tile in chosen)
 
 
-@pytest.mark.parametrize("reach", [(1, 10, 14), (1, 9, 2), (2, 3, 2), (1, 16, 16), (1, 33, 1), (3, 5, 7), (1, 1, 1)])
-def test_blocks_cover_a_box_of_keys(reach: tuple[int, int, int]) -> None:
-    z, y, x = reach
-    for block, more in tiles.covers(*reach):
-        assert block[0] >= z
-        assert block[1] + more >= y
-        assert block[2] >= x
-        for rows in (block[1], more) if more else (block[1],):
-            assert rows & (rows - 1) == 0
-            assert block[0] * rows * block[2] >= 16
-    assert dict(tiles.covers(1, 10, 14)) == {(1, 16, 16): 0, (1, 8, 16): 2}
+@pytest.mark.parametrize("keys", [1, 16, 49, 80, 100, 128, 140, 257])
+def test_blocks_cover_the_keys_of_a_tile(keys: int) -> None:
+    for block, more in tiles.covers(keys):
+        assert block + more >= keys
+        assert all(part & (part - 1) == 0 and (part >= 16 or part == 0) for part in (block, more))
+    assert list(tiles.covers(140)) == [(256, 0), (128, 16)]
+
+
+@pytest.mark.parametrize(
+    ("case", "turns"),
+    [
+        (Case((11, 11), 3, heads=2, batch=2), True),
+        (Case((5, 19), (3, 2), (1, 2), d=24, packed=False), True),
+        (Case((22, 6), 3, (2, 1), causal=(False, True), bias=False), True),  # of both groups the last rows are few
+        (Case((21, 6), 3, (2, 1)), True),  # of one group none are left
+        (Case((2, 9, 9), (2, 3, 3)), False),
+    ],
+    ids=str,
+)
+def test_tiles_of_the_last_rows_turn(
+    case: Case, turns: bool, device: torch.device, checks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of 8 x 4 queries leave few rows at the end, which have tiles of 4 x 8; others stay as they are."""
+    tile = Tile((1, 8, 4), (1, 1, 1), warps=2, stages=2, keys=256, turns=turns)
+    before = tiles.whole
+    monkeypatch.setattr(tiles, "whole", lambda kind, *sizes: tile if kind == "forward" else before(kind, *sizes))
+    checks.factor_two(case.call("triton"), case.plain, case.call("reference"), case.tensors(torch.float16, device))
+
+
+def test_last_rows_turn_where_that_saves_tiles() -> None:
+    assert tiles.whole("forward", (1, 28, 28), (1, 7, 7), 32, 2).turns
+    assert not tiles.whole("forward", (1, 56, 56), (1, 7, 7), 32, 2).turns
+    assert tiles._waste((1, 8, 4), (1, 28, 28), True) == 25 * 32 / 784  # three rows of seven tiles, and four wide ones
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 0.3])
+def test_any_scale(scale: float, device: torch.device) -> None:
+    """What is added to logits is divided by a scale only if that is safe."""
+    case = TINY[0]
+    tensors = case.tensors(torch.float16, device)
+    output, expected = (
+        neighborhood_attention(**tensors, **case.sizes, scale=scale, implementation=name)
+        for name in ("triton", "reference")
+    )
+    torch.testing.assert_close(output, expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("stack", [1, 2])
 def test_tiles_of_a_stack_are_tiles(stack: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = TINY[0].tensors(torch.float16, device)
-    tile = Tile((1, 2, 8), (1, 4, 16), warps=stack, stages=2, stack=stack)
+    tile = Tile((1, 2, 8), (1, 1, 1), warps=stack, stages=2, stack=stack, keys=64)
     monkeypatch.setattr(tiles, "whole", lambda *arguments: tile)
     output = TINY[0].call("triton")(tensors)
     torch.testing.assert_close(output, TINY[0].call("reference")(tensors), rtol=1e-2, atol=1e-2)
