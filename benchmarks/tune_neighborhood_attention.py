@@ -51,24 +51,28 @@ def boxes(volume: int) -> Iterator[Sides]:
 
 
 def whole_choices(kind: str, sizes: Sides, kernel: Sides, d: int, quick: bool) -> Iterator[Tile]:
-    """Tiles of 16 and 32 queries whose windows fit a block, or two; only the best by the estimate if quick."""
+    """Tiles of 16 and 32 queries whose keys fit a block, or two; only the best by the estimate if quick."""
     for volume in (16, 32):
         found: dict[Tile, float] = {}
         for tile in boxes(volume):
-            reach = (min(side + more - 1, size) for side, more, size in zip(tile, kernel, sizes, strict=True))
-            for block, more in tiles.covers(*reach):
-                choice = Tile(tile, block, warps=2, stages=3, more=more)
-                if choice.keys <= 160 and not (more and (kind != "whole forward" or volume < 32)):
-                    found[choice] = tiles._waste(tile, sizes) * choice.keys * (1 + tiles.KEY_COST * d / volume)
-        best = sorted(found, key=lambda choice: found[choice])
+            for keys, more in tiles.covers(tiles.reach(tile, sizes, kernel)):
+                forward = kind == "whole forward" and volume == 32
+                turns = forward and tiles.turnable(tile, sizes, kernel, keys + more)
+                choice = Tile(tile, (1, 1, 1), warps=2, stages=3, keys=keys, more=more, turns=turns)
+                if keys + more <= 160 and not (more and not forward):
+                    waste = tiles._waste(tile, sizes, turns)
+                    found[choice] = waste * (keys + more) * (1 + tiles.KEY_COST * d / volume)
+        best = sorted(found, key=lambda choice: (found[choice], max(choice.tile)))
         for choice in best[:1] if quick else best:
-            yield from (replace(choice, **launch) for launch in whole_launches(kind, volume, choice.keys, quick))
+            keys = choice.keys + choice.more
+            yield from (replace(choice, **launch) for launch in whole_launches(kind, volume, keys, quick))
 
 
 def whole_launches(kind: str, volume: int, keys: int, quick: bool) -> Iterator[dict[str, Any]]:
     """In the forward pass a warp has 16 queries, in the backward pass warps divide the keys.
 
-    Registers bound to 200 let five programs of two warps run at a time; to 128, eight, or four of four warps.
+    Registers bound to 200 let five programs of two warps run at a time; to 168, six; to 128, eight, or four of four
+    warps.
     """
     if kind == "whole queries":
         if quick and volume == 16:
@@ -79,12 +83,15 @@ def whole_launches(kind: str, volume: int, keys: int, quick: bool) -> Iterator[d
             names = "warps", "stages", "per_sm", "registers"
             yield from (dict(zip(names, choice, strict=True)) for choice in choices)
         return
-    most = 128 if keys <= 64 else 200
-    stacks = (1,) if volume == 32 else (2,) if quick else (2, 4)
-    stages, places = ((2, 3), (4, 5, 8)) if quick else ((1, 2, 3, 4), (2, 3, 4, 5, 6, 8))
-    for stack, stage, per_sm in itertools.product(stacks, stages, places):
-        chosen = {"warps": stack * volume // 16, "per_sm": per_sm, "stages": stage, "stack": stack}
-        yield from ({**chosen, "registers": registers} for registers in ((0, most) if stack == 1 else (0,)))
+    if quick and volume == 32:
+        bounds = ((8, 0), (8, 128)) if keys <= 64 else ((4, 0), (5, 200), (10, 200), (6, 168))
+        for stages, (per_sm, registers) in itertools.product((2, 3), bounds):
+            yield {"warps": 2, "per_sm": per_sm, "stages": stages, "registers": registers}
+    elif not quick:
+        stacks, most = (1,) if volume == 32 else (2, 4), 128 if keys <= 64 else 200
+        for stack, stages, per_sm in itertools.product(stacks, (1, 2, 3, 4), (2, 3, 4, 5, 6, 8)):
+            chosen = {"warps": stack * volume // 16, "per_sm": per_sm, "stages": stages, "stack": stack}
+            yield from ({**chosen, "registers": registers} for registers in ((0, most) if stack == 1 else (0,)))
 
 
 def tiled_choices(kind: str, sizes: Sides, kernel: Sides, d: int, quick: bool) -> Iterator[Tile]:
@@ -98,7 +105,9 @@ def tiled_choices(kind: str, sizes: Sides, kernel: Sides, d: int, quick: bool) -
             shape: tiles._cost(*shape, sizes, kernel, d) for shape in itertools.product(boxes(queries), boxes(keys))
         }
         best = min(shapes.values())
-        near = sorted((shape for shape in shapes if shapes[shape] <= 1.5 * best), key=lambda shape: shapes[shape])
+        near = sorted(
+            (shape for shape in shapes if shapes[shape] <= 1.5 * best), key=lambda shape: (shapes[shape], -shape[1][2])
+        )
         for tile, block in near[: 1 if narrow else 3]:
             for warps, stages in itertools.product((1,) if narrow else (4,) if quick else (1, 2, 4, 8), (1, 2, 3)):
                 if warps <= max(1, queries // 16):

@@ -149,10 +149,10 @@ def _shared(call: _Call, tile: tiles.Tile) -> tuple[tuple[int, int, int], tuple[
     places = gpu.multiprocessors(call.device) * tile.per_sm
     shares = -(-places // programs)
     if type(shares) is int and type(call.images) is int:
-        rows, columns = call.sizes[1:]
         # Those of a last row whose tiles are half as high and twice as wide: every other one has nothing to do.
-        idle = call.dilation[1] * (counts[2] - call.dilation[2] * -(-columns // (2 * tile.tile[2]))) if tile.turns else 0
-        shares = tiles.shares(programs - call.heads * counts[0] * idle, call.images, places)
+        wide = call.dilation[2] * -(-call.sizes[2] // (2 * tile.tile[2]))
+        idle = counts[0] * call.dilation[1] * (counts[2] - wide) if tile.turns else 0
+        shares = tiles.shares(programs - call.heads * idle, call.images, places)
     return counts, (programs, shares)
 
 

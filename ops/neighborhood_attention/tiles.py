@@ -107,9 +107,7 @@ def whole(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Til
                 per_sm = 4 if columns > 128 or d > 32 else 5 if columns > 64 else 8
                 bound = 200 if 96 < columns <= 128 and per_sm == 5 else 0
                 turns = turnable(tile, sizes, kernel, columns)
-                chosen = replace(
-                    chosen, stages=2 if per_sm == 8 else 3, per_sm=per_sm, turns=turns, registers=bound
-                )
+                chosen = replace(chosen, stages=2 if per_sm == 8 else 3, per_sm=per_sm, turns=turns, registers=bound)
                 found[chosen] = _waste(tile, sizes, turns) * columns * (1 + KEY_COST * d / queries)
             elif forward and not more:
                 # At 56 x 56, 7 x 7 and 32 channels a sweep on an H100 found two warps 1.4 times as fast as four. Three
