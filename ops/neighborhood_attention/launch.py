@@ -118,6 +118,8 @@ def forward(
             else:
                 if whole.stack > 1 and not LISTS_AHEAD:
                     whole = replace(whole, stages=1)
+                if whole.registers and not _bounds(kernels.whole_forward):
+                    whole = replace(whole, registers=0, per_sm=min(whole.per_sm, 4))
                 counts, grid = _shared(call, whole)
                 _launch(
                     kernels.whole_forward, grid, whole, *call.inputs, out, lse, *call.numbers(counts), call.images,
@@ -136,10 +138,13 @@ def _for_tiles(call: _Call, kind: tiles.Kind, kernel: Any, *tensors: Tensor | No
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], tile: tiles.Tile, *arguments: Any, **constants: Any) -> None:
-    """Torch's compilers cannot pass on that registers are bounded."""
-    seen = launchable(kernel)
-    bound = {"maxnreg": tile.registers} if tile.registers and seen is kernel else {}
-    seen[grid](*arguments, **constants, **bound)
+    bound = {"maxnreg": tile.registers} if tile.registers and _bounds(kernel) else {}
+    launchable(kernel)[grid](*arguments, **constants, **bound)
+
+
+def _bounds(kernel: Any) -> bool:
+    """Whether registers of a kernel can be bounded: torch's compilers cannot pass that on."""
+    return launchable(kernel) is kernel
 
 
 def _shared(call: _Call, tile: tiles.Tile) -> tuple[tuple[int, int, int], tuple[int, int]]:
