@@ -1,10 +1,9 @@
 """Triton kernels of the selective scan. A program walks along a sequence with a block of channels of one group.
 
-It takes T tokens at a time, and one state after the other. Lanes of a warp are channels: a thread has all tokens of a
-tile for its channel, so that scanning is arithmetic within a thread, and asks nobody. A program is one such warp, or
-forward, where there are few of them, two that have the same channels and every other state.
-What flows from tile to tile is the state, forward, and a_t λ_t backward, λ being the gradient of the state. It waits in
-memory until its turn comes: a thread has no room for all states.
+It takes T tokens at a time, and one state after the other. A program is one warp whose lanes are channels: a thread has
+all tokens of a tile for its channel, so that scanning is arithmetic within a thread, and asks nobody.
+What flows from tile to tile is the state, forward, and a_t λ_t backward, λ being the gradient of the state. Forward a
+thread has room for 16 states; others, and what flows backward, wait in memory until their turn comes.
 
 `forward_rows`, for one state and tokens together in memory, instead lays a tile over threads as it lies in memory: a
 thread has a few tokens of a long row. Long sequences are cut into splits for several programs; `split_ends` and
@@ -23,6 +22,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def _then(a1, b1, a2, b2):
     """First h -> a1 h + b1, then a2, b2."""
     return a1 * a2, a2 * b1 + b2
+
+
+@triton.jit
+def _then_soon(a1, b1, a2, b2):
+    """The same, one instruction after b1: compilers might as well multiply a2 b1 and add the product in b2 to it."""
+    return a1 * a2, tl.fma(a2, b1, b2)
 
 
 @triton.jit
@@ -63,10 +68,10 @@ def _picked(x, here, AXIS: tl.constexpr):
 
 @triton.jit
 def _states(decay, drive, state, LOG_T: tl.constexpr, REVERSE: tl.constexpr):
-    """States (T, ABREAST, C) at each token of a tile, and after it."""
-    token = tl.arange(0, 2**LOG_T)[:, None, None]
-    drive = tl.where(token == (2**LOG_T - 1 if REVERSE else 0), drive + decay * state[None, :, :], drive)
-    _, h = tl.associative_scan((_turned(decay, LOG_T, REVERSE), _turned(drive, LOG_T, REVERSE)), 0, _then)
+    """State (T, C) at each token of a tile, and after it."""
+    token = tl.arange(0, 2**LOG_T)[:, None]
+    drive = tl.where(token == (2**LOG_T - 1 if REVERSE else 0), drive + decay * state[None, :], drive)
+    _, h = tl.associative_scan((_turned(decay, LOG_T, REVERSE), _turned(drive, LOG_T, REVERSE)), 0, _then_soon)
     return _turned(h, LOG_T, REVERSE), _picked(h, token == 2**LOG_T - 1, 0)
 
 
@@ -153,18 +158,26 @@ def _held(x):
 
 
 @triton.jit
-def _whole(x, ABREAST: tl.constexpr):
-    """What has just been read; held at once if there is one warp, for then it fills half of the registers."""
-    return _held(x) if ABREAST == 1 else x
+def _held_rows(x):
+    """The same tile (N, C), each thread holding all rows of its columns; there may be one row."""
+    return x if x.shape[0] == 1 else _held(x)
 
 
 @triton.jit
-def _abreast(x, ABREAST: tl.constexpr):
-    """The same tile for each of several warps, (T, ABREAST, C), where each thread holds all tokens of its channels."""
-    T: tl.constexpr = x.shape[0]
-    C: tl.constexpr = x.shape[1]
-    x = tl.broadcast_to(x[:, None, :], (T, ABREAST, C))
-    return tl.reshape(_held(tl.reshape(x, (T, ABREAST * C))), (T, ABREAST, C))
+def _side_by_side(b, c):
+    """Two maps of some states (N, T) as one, (N, 2 T), in which they take turns, each thread holding all states.
+
+    So a warp has as many numbers of a state as it has threads, or as many again.
+    """
+    both = tl.join(b.to(tl.float32), c.to(tl.float32))
+    return _held(tl.reshape(both, (b.shape[0], 2 * b.shape[1])))
+
+
+@triton.jit
+def _apart(row):
+    """Both maps of a state, (T, 1), from a row in which they take turns. All threads are given all of them."""
+    b, c = tl.split(tl.reshape(row, (row.shape[0] // 2, 2)))
+    return b[:, None], c[:, None]
 
 
 @triton.jit
@@ -240,90 +253,112 @@ def forward(
     u, delta, A, B, C, D, z, bias, start, out, last, states, L, tiles, tiles_each, splits,
     u_b, u_c, u_t, delta_b, delta_c, delta_t, z_b, z_c, z_t, out_b, out_c, out_t,
     padded,
-    GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,
-    ABREAST: tl.constexpr, LOG_T: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr,
-    REVERSE: tl.constexpr, KEEP: tl.constexpr,
+    GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    LOG_T: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """Output; the state before each tile in the order of the scan, (batch, tiles, N, channels), and the last of all.
 
     B and C are (batch, groups, N, padded), whole tiles, zero beyond the sequence. A is (N, channels).
 
-    Without KEEP there is one place for the states of a split, (batch, splits, N, channels). Such is `start`, the state
-    before each split; the last is (batch, N, channels). What is None is zero, or not written.
-
-    Of so many states ABREAST each has a warp of its own; their outputs are added up in the end.
+    States are taken BLOCK_N at a time, 1 or at least 4. If those are all they stay in registers, else they wait where
+    the states before tiles are kept, or without KEEP at one place for each split, (batch, splits, N, channels). Such is
+    `start`, the state before each split; the last is (batch, N, channels). What is None is zero, or not written.
     """
     batch, split, group, _block, channel, mine = _place(splits, BLOCKS, GROUPS, EACH, BLOCK_C)
     T: tl.constexpr = 2**LOG_T
     CHANNELS: tl.constexpr = GROUPS * EACH
     ROW: tl.constexpr = N * CHANNELS
+    STAY: tl.constexpr = N <= BLOCK_N
+    WRITE: tl.constexpr = KEEP or N > BLOCK_N
     L = _multiple(L, ALIGN)
     u += _offsets(batch, channel, _multiple(u_b, ALIGN), _multiple(u_c, ALIGN), u_t, T)
     delta += _offsets(batch, channel, _multiple(delta_b, ALIGN), _multiple(delta_c, ALIGN), delta_t, T)
     out += _offsets(batch, channel, _multiple(out_b, ALIGN), _multiple(out_c, ALIGN), out_t, T)
     if z is not None:
         z += _offsets(batch, channel, _multiple(z_b, ALIGN), _multiple(z_c, ALIGN), z_t, T)
-    maps = (batch * GROUPS + group).to(tl.int64) * (N * padded)
     skip, bias = _vector(D, channel, mine), _vector(bias, channel, mine)
     row = (batch * splits + split).to(tl.int64)
     if start is not None:
         start += row * ROW
-    states += (batch.to(tl.int64) * tiles + split * tiles_each if KEEP else row) * ROW
-    for n in range(N):
-        state = tl.zeros((BLOCK_C,), tl.float32)
+    if WRITE:
+        states += (batch.to(tl.int64) * tiles + split * tiles_each if KEEP else row) * ROW
+    if last is not None:
+        last += batch.to(tl.int64) * ROW
+    n, token = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, T)
+    at = n * CHANNELS + channel[None, :]
+    state = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    rate = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for some in range(0, N, BLOCK_N):
+        inside = (some + n < N) & mine[None, :]
         if start is not None:
-            state = _vector(start + n * CHANNELS, channel, mine)
-        tl.store(states + n * CHANNELS + channel, state, mask=mine)
-    abreast, token = tl.arange(0, ABREAST), tl.arange(0, T)[:, None]
-    at, mine_at = abreast[:, None] * CHANNELS + channel[None, :], mine[None, :]
-    B += maps + (abreast * padded)[None, :]
-    C += maps + (abreast * padded)[None, :]
+            state = _held_rows(tl.load(start + some * CHANNELS + at, mask=inside, other=0.0))
+        if WRITE:
+            tl.store(states + some * CHANNELS + at, state, mask=inside)
+        if STAY:
+            rate = _held_rows(tl.load(A + at, mask=inside, other=0.0)).to(tl.float32) * LOG2E
     count = tl.minimum(tiles_each, tiles - split * tiles_each)
     tile = tiles - 1 - split * tiles_each if REVERSE else split * tiles_each
-    there = (token < L - tile * T) & mine_at
-    v = tl.load(delta + tile.to(tl.int64) * T * delta_t, mask=there, other=0.0)
-    x = tl.load(u + tile.to(tl.int64) * T * u_t, mask=there, other=0.0)
+    first = tile.to(tl.int64) * T
+    maps = (batch * GROUPS + group).to(tl.int64) * (N * padded)
+    B += maps
+    C += maps
+    map_at = n * padded + token[None, :]
+    there = (token < L - tile * T)[:, None] & mine[None, :]
+    v = tl.load(delta + first * delta_t, mask=there, other=0.0)
+    x = tl.load(u + first * u_t, mask=there, other=0.0)
+    if N > 1:
+        b_some = tl.load(B + first + map_at, mask=n < N, other=0.0)
+        c_some = tl.load(C + first + map_at, mask=n < N, other=0.0)
     for i in range(count):
         first = tile.to(tl.int64) * T
-        real = (token < L - tile * T) & mine_at
-        now = _whole(x, ABREAST).to(tl.float32)
-        steps, _v = _step(_whole(v, ABREAST).to(tl.float32), bias, real, SOFTPLUS)
-        step, taken = _abreast(steps, ABREAST), _abreast(steps * now, ABREAST)
+        real = (token < L - tile * T)[:, None] & mine[None, :]
+        step, _v = _step(_held(v).to(tl.float32), bias, real, SOFTPLUS)
+        now = _held(x).to(tl.float32)
         tile += -1 if REVERSE else 1
-        there = (token < L - tile * T) & mine_at & (i + 1 < count)
-        v = tl.load(delta + tile.to(tl.int64) * T * delta_t, mask=there, other=0.0)
-        x = tl.load(u + tile.to(tl.int64) * T * u_t, mask=there, other=0.0)
-        y = tl.zeros((T, ABREAST, BLOCK_C), tl.float32)
-        onward = states + ROW if KEEP else states
-        tl.debug_barrier()  # what is read has been written by whom it may concern
-        next_b, next_c = tl.load(B + first + token), tl.load(C + first + token)
-        next_rate = tl.load(A + at, mask=mine_at, other=0.0)
-        next_state = tl.load(states + at, mask=mine_at, other=0.0)
-        for some in range(0, N, UNROLL * ABREAST):
-            for k in tl.static_range(UNROLL):
-                n = some + k * ABREAST
-                rate, state = next_rate * LOG2E, next_state
-                b, c = next_b.to(tl.float32)[:, :, None], next_c.to(tl.float32)[:, :, None]
-                # Asked for before anything is stored: compilers move no read across a write.
-                if (k + 1) * ABREAST < N:
-                    following = tl.minimum(n + ABREAST, N - ABREAST)
-                    next_b = tl.load(B + (first + following * padded) + token)
-                    next_c = tl.load(C + (first + following * padded) + token)
-                    next_rate = tl.load(A + following * CHANNELS + at, mask=mine_at, other=0.0)
-                    next_state = tl.load(states + following * CHANNELS + at, mask=mine_at, other=0.0)
-                decay = tl.exp2(step * rate[None, :, :])
-                h, state = _states(decay, taken * b, state, LOG_T, REVERSE)
+        onward = tile.to(tl.int64) * T
+        there = (token < L - tile * T)[:, None] & mine[None, :] & (i + 1 < count)
+        v = tl.load(delta + onward * delta_t, mask=there, other=0.0)
+        x = tl.load(u + onward * u_t, mask=there, other=0.0)
+        y = skip[None, :] * now
+        taken = step * now
+        if not STAY:
+            tl.debug_barrier()  # what is read has been written by whom it may concern
+        for some in range(0, N, BLOCK_N):
+            inside = (some + n < N) & mine[None, :]
+            if N > 1:
+                maps_some = _side_by_side(b_some, c_some)
+                # Of the states after these, or of the first ones in the next tile
+                after = tl.where(some + BLOCK_N < N, some + BLOCK_N, 0)
+                wanted = (after + n < N) & ((after > 0) | (i + 1 < count))
+                ahead = tl.where(after > 0, first, onward) + after * padded
+                b_some = tl.load(B + ahead + map_at, mask=wanted, other=0.0)
+                c_some = tl.load(C + ahead + map_at, mask=wanted, other=0.0)
+            if not STAY:
+                state = _held_rows(tl.load(states + some * CHANNELS + at, mask=inside, other=0.0))
+                rate = _held_rows(tl.load(A + some * CHANNELS + at, mask=inside, other=0.0)).to(tl.float32) * LOG2E
+            for k in tl.static_range(BLOCK_N if N > BLOCK_N else N):
+                here = n == k
+                if N > 1:
+                    b, c = _apart(_picked(maps_some, here, 0))
+                else:
+                    b, c = _map(B + first, T), _map(C + first, T)
+                decay = tl.exp2(step * _picked(rate, here, 0)[None, :])
+                h, end = _states(decay, taken * b, _picked(state, here, 0), LOG_T, REVERSE)
                 y += h * c
-                tl.store(onward + n * CHANNELS + at, state, mask=mine_at & (i + 1 < count))
-                if last is not None:
-                    end = last + batch.to(tl.int64) * ROW + n * CHANNELS
-                    tl.store(end + at, state, mask=mine_at & (split == splits - 1) & (i + 1 == count))
-        states = onward
-        total = tl.sum(y, 1) + skip[None, :] * now
+                state = tl.where(here, end[None, :], state)
+            if WRITE:
+                place = states + (some * CHANNELS + (ROW if KEEP else 0))
+                tl.store(place + at, state, mask=inside & (i + 1 < count))
+            if last is not None:
+                final = inside & (split == splits - 1) & (i + 1 == count)
+                tl.store(last + some * CHANNELS + at, state, mask=final)
+        if KEEP:
+            states += ROW
         if z is not None:
-            gate = _whole(tl.load(z + first * z_t, mask=real, other=0.0), ABREAST).to(tl.float32)
-            total *= gate * _sigmoid(gate)
-        tl.store(out + first * out_t, total.to(out.dtype.element_ty), mask=real)
+            gate = _tile(z, first * z_t, real)
+            y *= gate * _sigmoid(gate)
+        tl.store(out + first * out_t, y.to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=["tiles", "tiles_each", "splits"])

@@ -56,7 +56,8 @@ class Grid:
     def options(self, tile: Tile) -> dict[str, Any]:
         """What a kernel is compiled for: one stage, for what compilers would load ahead of products is nothing here."""
         sizes = {"BLOCKS": self.blocks(tile), "BLOCK_C": tile.channels}
-        return {**self.constants, **sizes, "num_warps": tile.warps, "num_stages": 1}
+        bound = {} if tile.registers is None else {"maxnreg": tile.registers}
+        return {**self.constants, **sizes, **bound, "num_warps": tile.warps, "num_stages": 1}
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -96,7 +97,7 @@ def forward(
     if not out.numel():
         return out, last.transpose(1, 2), kept
     with gpu.on(u.device):
-        B, C = _maps(B, C, tokens, tiles.wide_maps(states))
+        B, C = _maps(B, C, tokens)
         if grid.splits > 1:
             start = _split_starts(grid, start, A, (u, delta, B, None, bias), backward=False)
         inputs = (u, delta, A, B, C, D, z, bias, start, out, last if return_state else None)
@@ -106,10 +107,10 @@ def forward(
                 *inputs, kept if keep else None, *sizes, **grid.options(tile), LOG_ROWS=_log2(row // tokens)
             )
         else:
-            waiting = kept if keep else u.new_empty((batch, grid.splits, states, channels), dtype=torch.float32)
+            waiting = kept if keep or tile.unroll >= states else kept.new_empty((batch, grid.splits, states, channels))
             launchable(kernels.forward)[grid.programs(tile)](
                 *inputs, waiting, *sizes, **grid.options(tile),
-                N=states, UNROLL=tile.unroll, ABREAST=tile.abreast, KEEP=keep,
+                N=states, BLOCK_N=tile.unroll, KEEP=keep,
             )  # fmt: skip
     return out, last.transpose(1, 2), kept
 
@@ -147,7 +148,7 @@ def backward(
         rates, skip, shift, flows = A.t().contiguous(), _contiguous(D), _contiguous(bias), _row(grad_last)
         half = all(tensor.dtype == torch.bfloat16 for tensor in (u, B, C))
         with gpu.on(u.device):
-            laid_B, laid_C = _maps(B, C, tokens, wide=False)
+            laid_B, laid_C = _maps(B, C, tokens)
             if grid.splits > 1:
                 flows = _split_starts(grid, flows, rates, (grad_out, delta, laid_C, z, shift), backward=True)
             launchable(kernels.backward)[grid.programs(tile)](
@@ -265,19 +266,13 @@ def _row(state: Tensor | None) -> Tensor | None:
     return None if state is None else state.transpose(1, 2).to(torch.float32).contiguous()
 
 
-def _maps(B: Tensor, C: Tensor, tokens: int, wide: bool) -> tuple[Tensor, Tensor]:
-    """B and C with tokens together, in whole tiles, zero beyond the sequence; themselves if they are so.
-
-    Wide maps are float32.
-    """
+def _maps(B: Tensor, C: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """B and C with tokens together, in whole tiles, zero beyond the sequence; themselves if they are so."""
     batch, groups, states, length = B.shape
-    ready = not wide or B.dtype == C.dtype == torch.float32
-    if ready and known(length % tokens == 0) and B.is_contiguous() and C.is_contiguous():
+    if known(length % tokens == 0) and B.is_contiguous() and C.is_contiguous():
         return B, C
     padded, block = -(-length // tokens) * tokens, 64
-    laid_B, laid_C = (
-        m.new_empty((batch, groups, states, padded), dtype=torch.float32 if wide else m.dtype) for m in (B, C)
-    )
+    laid_B, laid_C = (m.new_empty((batch, groups, states, padded)) for m in (B, C))
     launchable(kernels.lay_out)[(batch * groups * -(-padded // block),)](
         B, C, laid_B, laid_C, length, padded, *B.stride(), *C.stride(),
         GROUPS=int(groups), N=int(states), T=block, BLOCK_N=1 << (int(states) - 1).bit_length(), num_warps=4,

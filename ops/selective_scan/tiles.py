@@ -19,14 +19,15 @@ class Tile(NamedTuple):
     Attributes:
         channels: Channels of a tile, a power of two; those of one program.
         warps: Warps of a program.
-        unroll: States, of one warp, whose instructions are mixed, so that one computes while another waits.
-        abreast: States that different warps compute; so many times `unroll` divides their number.
+        unroll: States whose instructions are mixed, so that one computes while another waits. Forward a power of two,
+            1 for one state, else at least 4: those that a thread has at a time. Otherwise it divides their number.
+        registers: Of a thread at most, or as many as it takes.
     """
 
     channels: int
     warps: int
     unroll: int = 1
-    abreast: int = 1
+    registers: int | None = None
 
 
 def in_rows(states: int, tokens_together: bool, length: int) -> bool:
@@ -48,9 +49,10 @@ def rows(each: int, row: int) -> Tile:
 
 @lru_cache
 def forward(states: int) -> Tile:
-    """Tile of the kernel that scans: a channel a lane; two warps for many states, for one leaves schedulers waiting."""
-    abreast = 2 if states >= 8 and states % 2 == 0 else 1
-    return Tile(32, warps=abreast, unroll=_divisor(states // abreast, 16 // abreast), abreast=abreast)
+    """Tile of the kernel that scans: a channel a lane. Told how many registers there are, compilers use them to wait less."""
+    if states == 1:
+        return Tile(32, warps=1)
+    return Tile(32, warps=1, unroll=min(16, max(4, 1 << (states - 1).bit_length())), registers=200)
 
 
 @lru_cache
@@ -65,11 +67,6 @@ def backward(states: int) -> Tile:
     return Tile(32, warps=1, unroll=_divisor(states, 2))
 
 
-def wide_maps(states: int) -> bool:
-    """Whether the forward pass has B and C laid out in float32: else every lane converts what all of them need."""
-    return states > 1
-
-
 def _divisor(number: int, most: int) -> int:
     return max(divisor for divisor in range(1, most + 1) if number % divisor == 0)
 
@@ -77,11 +74,9 @@ def _divisor(number: int, most: int) -> int:
 def splits(tile: Tile, programs: int, tiles: int, multiprocessors: int) -> int:
     """In how many parts a sequence is cut for several programs: in none while there is a warp for each scheduler.
 
-    What has been cut is read twice; parts shorter than 8 tiles are not worth it. There are as many as can be at work at
-    once, by the registers that the kernels take.
+    What has been cut is read twice; parts shorter than 8 tiles are not worth it.
     """
     warps = programs * tile.warps
     if warps >= 4 * multiprocessors:
         return 1
-    at_once = 12 if tile.abreast > 1 else 8
-    return max(1, min(at_once * multiprocessors // warps, tiles // 8))
+    return max(1, min(8 * multiprocessors // warps, tiles // 8))

@@ -218,7 +218,7 @@ def small_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if device.type == "cpu":
         monkeypatch.setattr(tiles, "TOKENS", 8)
         monkeypatch.setattr(tiles, "ends", lambda states: tiles.Tile(4, warps=1))
-        monkeypatch.setattr(tiles, "forward", lambda states: tiles.Tile(4, warps=1, abreast=2 - states % 2))
+        monkeypatch.setattr(tiles, "forward", lambda states: tiles.Tile(4, warps=1, unroll=1 if states == 1 else 4))
         monkeypatch.setattr(tiles, "backward", lambda states: tiles.Tile(2, warps=1, unroll=2 - states % 2))
 
 
@@ -295,8 +295,8 @@ def test_only_few_long_sequences_are_split(warps: int, count: int, expected: int
 @pytest.mark.parametrize("states", [1, 2, 16, 33, 64])
 def test_tiles_fit(states: int) -> None:
     for tile in (tiles.forward(states), tiles.backward(states), tiles.ends(states)):
-        assert states % (tile.unroll * tile.abreast) == 0
-        assert tile.channels * tile.abreast == 32 * tile.warps  # lanes that are channels hold all tokens of theirs
+        assert tile.channels == 32 * tile.warps  # lanes that are channels hold all tokens of theirs
+        assert tile.unroll & (tile.unroll - 1) == 0 or states % tile.unroll == 0
 
 
 @pytest.mark.parametrize(("length", "row"), [(97, 128), (128, 128), (129, 256), (196, 256), (3136, 256)])
