@@ -5,8 +5,8 @@ python benchmarks/tune_selective_scan.py --quick
 
 The number of tokens is that of both passes: for each, the forward pass is swept as it is in inference, and the backward
 pass after a forward pass that keeps states for it. Tiles of one state with tokens together in memory are swept both
-ways, in rows and held, unless one is asked for. `--quick` times the forward pass of two shapes in a few ways: 196
-tokens in rows and held, and 16 states with B and C as they are and in float32.
+ways, in rows and held, unless one is asked for. `--quick` times the forward pass of four shapes in a few ways: 196
+tokens in rows and held, and 16 states with several bounds of registers.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ LENGTHS = (128, 256, 512)
 """Of rows."""
 QUICK_ROWS = [Tile(4, 4), Tile(2, 2), Tile(8, 8), Tile(8, 4), Tile(4, 2), Tile(16, 8)]
 QUICK_HELD = [
-    Tile(32, 1, 16), Tile(32, 1, 8), Tile(32, 2, 8, 2), Tile(32, 2, 4, 2), Tile(32, 2, 2, 2), Tile(32, 4, 4, 4),
-    Tile(64, 4, 8, 2),
+    Tile(32, 1, 16), Tile(32, 1, 16, 168), Tile(32, 1, 16, 224), Tile(32, 1, 16, 255), Tile(32, 1, 8, 168),
 ]  # fmt: skip
+QUICK_SHAPES = ["vmamba v0 stage 1, 16 states", "vim_tiny, 16 states", "vim_tiny at 1248, 16 states"]
+"""Of 16 states."""
 
 
 def runs(tensors: dict[str, Tensor]) -> dict[str, Callable[[], Any]]:
@@ -50,11 +51,15 @@ def runs(tensors: dict[str, Tensor]) -> dict[str, Callable[[], Any]]:
     return {"forward": forward, "backward": backward}
 
 
-def held(states: int) -> Iterator[Tile]:
-    """A channel a lane; one or two channels a thread; forward, one, two or four states side by side."""
-    for channels, warps, unroll, abreast in itertools.product((32, 64, 128), (1, 2, 4), (1, 2, 4, 8, 16), (1, 2, 4)):
-        if 32 * warps <= channels * abreast <= 64 * warps and states % (unroll * abreast) == 0:
-            yield Tile(channels, warps, unroll, abreast)
+def held(states: int, which: str) -> Iterator[Tile]:
+    """A channel a lane; one or two channels a thread."""
+    unrolls = [unroll for unroll in (1, 2, 4, 8, 16) if unroll <= states and states % unroll == 0]
+    bounds: list[int | None] = [None]
+    if which == "forward":
+        unrolls, bounds = [1] if states == 1 else [4, 8, 16], [None, 128, 168, 200, 224, 255]
+    for channels, warps, unroll, bound in itertools.product((32, 64, 128), (1, 2, 4), unrolls, bounds):
+        if 32 * warps <= channels <= 64 * warps:
+            yield Tile(channels, warps, unroll, bound)
 
 
 def rows(each: int) -> Iterator[Tile]:
@@ -97,26 +102,23 @@ def sweep_held(name: str, tensors: dict[str, Tensor], states: int, tokens: list[
         for which, run in runs(tensors).items():
             if which in passes:
                 title = f"{which}, {name}, {tiles.TOKENS} tokens"
-                candidates = (tile for tile in held(states) if which == "forward" or tile.abreast == 1)
-                sweep(title, run, which, candidates, getattr(tiles, which)(states))
+                sweep(title, run, which, held(states, which), getattr(tiles, which)(states))
     tiles.TOKENS, tiles.in_rows = before
 
 
 def sweep_quickly() -> None:
-    """Few candidates for the two forward passes that are furthest from their floors."""
-    name, before = "vmamba_tiny stage 3", (tiles.in_rows, tiles.wide_maps)
+    """Few candidates for the forward passes that are furthest from their floors."""
+    name, before = "vmamba_tiny stage 3", tiles.in_rows
     _, _, each, length, _, _ = SHAPES[name]
     run, default = runs(inputs(*SHAPES[name]))["forward"], tiles.rows(each, tiles.row(length))
     tiles.in_rows = lambda *sizes: True
     sweep(f"forward, {name}, in rows", run, "rows", QUICK_ROWS, default)
     tiles.in_rows = lambda *sizes: False
     sweep(f"forward, {name}, held", run, "forward", [], tiles.forward(1))
-    name = "vmamba v0 stage 1, 16 states"
-    run = runs(inputs(*SHAPES[name]))["forward"]
-    for wide in (True, False):
-        tiles.wide_maps = lambda states, wide=wide: wide
-        sweep(f"forward, {name}, wide maps: {wide}", run, "forward", QUICK_HELD, tiles.forward(16))
-    tiles.in_rows, tiles.wide_maps = before
+    tiles.in_rows = before
+    for name in QUICK_SHAPES:
+        run = runs(inputs(*SHAPES[name]))["forward"]
+        sweep(f"forward, {name}", run, "forward", QUICK_HELD, tiles.forward(16))
 
 
 def main() -> None:
@@ -124,7 +126,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", type=int, default=range(len(SHAPES)), help=f"places in {list(SHAPES)}")
     parser.add_argument("--passes", nargs="*", choices=["forward", "backward"], default=["forward", "backward"])
     parser.add_argument("--tokens", nargs="*", type=int, default=[16], help="of a tile that threads hold")
-    parser.add_argument("--quick", action="store_true", help="two shapes, forward, few candidates; nothing else")
+    parser.add_argument("--quick", action="store_true", help="four shapes, forward, few candidates; nothing else")
     layout = parser.add_mutually_exclusive_group()
     layout.add_argument("--rows", action="store_true", help="only tiles that are rows of tokens")
     layout.add_argument("--held", action="store_true", help="only tiles that threads hold")
