@@ -165,7 +165,7 @@ def _held_rows(x):
 
 @triton.jit
 def _side_by_side(b, c):
-    """Two maps of some states (N, T) as one, (N, 2 T), in which they take turns, each thread holding all states.
+    """Two maps of some states (N, T) as one, (N, 2 T), in which they take turns, each thread holding all rows.
 
     So a warp has as many numbers of a state as it has threads, or as many again.
     """
@@ -538,39 +538,61 @@ def backward(
 def split_ends(
     x, delta, A, M, z, bias, ends, sums, L, tiles, tiles_each, splits,
     x_b, x_c, x_t, delta_b, delta_c, delta_t, z_b, z_c, z_t, padded,
-    GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, UNROLL: tl.constexpr,
+    GROUPS: tl.constexpr, EACH: tl.constexpr, BLOCKS: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
     LOG_T: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """What each split adds to what flows through it, (batch, splits, N, channels), and the sum of its steps.
 
-    Forward, x is u and M is B; backward, x is the gradient of the output and M is C.
+    Forward, x is u and M is B; backward, x is the gradient of the output and M is C. States are taken as `forward` does.
     """
     batch, split, group, _block, channel, mine = _place(splits, BLOCKS, GROUPS, EACH, BLOCK_C)
     T: tl.constexpr = 2**LOG_T
     CHANNELS: tl.constexpr = GROUPS * EACH
     FROM_LAST: tl.constexpr = REVERSE == BACKWARD
+    STAY: tl.constexpr = N <= BLOCK_N
+    PAIRS: tl.constexpr = max(1, BLOCK_N // 2)
     L = _multiple(L, ALIGN)
     x += _offsets(batch, channel, _multiple(x_b, ALIGN), _multiple(x_c, ALIGN), x_t, T)
     delta += _offsets(batch, channel, _multiple(delta_b, ALIGN), _multiple(delta_c, ALIGN), delta_t, T)
     if z is not None:
         z += _offsets(batch, channel, _multiple(z_b, ALIGN), _multiple(z_c, ALIGN), z_t, T)
-    M += (batch * GROUPS + group).to(tl.int64) * (N * padded)
     bias = _vector(bias, channel, mine)
     row = (batch * splits + split).to(tl.int64)
     ends += row * (N * CHANNELS)
-    for n in range(N):
-        tl.store(ends + n * CHANNELS + channel, tl.zeros((BLOCK_C,), tl.float32), mask=mine)
+    n, token, even = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, T), tl.arange(0, PAIRS)[:, None] * 2
+    at = n * CHANNELS + channel[None, :]
+    rate = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    end = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    if STAY:
+        rate = _held_rows(tl.load(A + at, mask=(n < N) & mine[None, :], other=0.0)).to(tl.float32) * LOG2E
+    else:
+        for some in range(0, N, BLOCK_N):
+            tl.store(ends + some * CHANNELS + at, end, mask=(some + n < N) & mine[None, :])
     steps = tl.zeros((BLOCK_C,), tl.float32)
     count = tl.minimum(tiles_each, tiles - split * tiles_each)
+    tile = split * tiles_each + (count - 1 if BACKWARD else 0)
+    if REVERSE:
+        tile = tiles - 1 - tile
+    first = tile.to(tl.int64) * T
+    M += (batch * GROUPS + group).to(tl.int64) * (N * padded)
+    map_at = even * padded + token[None, :]
+    there = (token < L - tile * T)[:, None] & mine[None, :]
+    next_v = tl.load(delta + first * delta_t, mask=there, other=0.0)
+    next_x = tl.load(x + first * x_t, mask=there, other=0.0)
+    if N > 1:
+        m_even = tl.load(M + first + map_at, mask=even < N, other=0.0)
+        m_odd = tl.load(M + (first + padded) + map_at, mask=even + 1 < N, other=0.0)
     for i in range(count):
-        tile = split * tiles_each + (count - 1 - i if BACKWARD else i)
-        if REVERSE:
-            tile = tiles - 1 - tile
         first = tile.to(tl.int64) * T
-        real = (tl.arange(0, T) < L - tile * T)[:, None] & mine[None, :]
-        step, _v = _step(_tile(delta, first * delta_t, real), bias, real, SOFTPLUS)
-        added = _tile(x, first * x_t, real)
+        real = (token < L - tile * T)[:, None] & mine[None, :]
+        step, _v = _step(_held(next_v).to(tl.float32), bias, real, SOFTPLUS)
+        added = _held(next_x).to(tl.float32)
+        tile += 1 if FROM_LAST else -1
+        onward = tile.to(tl.int64) * T
+        there = (token < L - tile * T)[:, None] & mine[None, :] & (i + 1 < count)
+        next_v = tl.load(delta + onward * delta_t, mask=there, other=0.0)
+        next_x = tl.load(x + onward * x_t, mask=there, other=0.0)
         if z is not None:
             gate = _tile(z, first * z_t, real)
             added *= gate * _sigmoid(gate)
@@ -581,15 +603,36 @@ def split_ends(
             added *= step
         through = tl.sum(step, 0)
         steps += through
-        tl.debug_barrier()  # what is read has been written by whom it may concern
-        for some in range(0, N, UNROLL):
-            for k in tl.static_range(UNROLL):
-                n = some + k
-                rate = _vector(A + n * CHANNELS, channel, mine) * LOG2E
-                m = _map(M + (n * padded + first), T)
-                end = _vector(ends + n * CHANNELS, channel, mine)
-                new = tl.sum(tl.exp2(behind * rate[None, :]) * (added * m), 0)
-                tl.store(ends + n * CHANNELS + channel, tl.exp2(through * rate) * end + new, mask=mine)
+        if not STAY:
+            tl.debug_barrier()  # what is read has been written by whom it may concern
+        for some in range(0, N, BLOCK_N):
+            inside = (some + n < N) & mine[None, :]
+            if N > 1:
+                pairs = _side_by_side(m_even, m_odd)
+                after = tl.where(some + BLOCK_N < N, some + BLOCK_N, 0)
+                follows = (after > 0) | (i + 1 < count)
+                ahead = tl.where(after > 0, first, onward) + after * padded
+                m_even = tl.load(M + ahead + map_at, mask=(after + even < N) & follows, other=0.0)
+                m_odd = tl.load(M + (ahead + padded) + map_at, mask=(after + even + 1 < N) & follows, other=0.0)
+            if not STAY:
+                end = _held_rows(tl.load(ends + some * CHANNELS + at, mask=inside, other=0.0))
+                rate = _held_rows(tl.load(A + some * CHANNELS + at, mask=inside, other=0.0)).to(tl.float32) * LOG2E
+            for k in tl.static_range(BLOCK_N if N > BLOCK_N else N):
+                here = n == k
+                if N == 1:
+                    m = _map(M + first, T)
+                else:
+                    m, other = _apart(_picked(pairs, even == k // 2 * 2, 0))
+                    if k % 2 == 1:
+                        m = other
+                rate_k = _picked(rate, here, 0)
+                new = tl.sum(tl.exp2(behind * rate_k[None, :]) * (added * m), 0)
+                new += tl.exp2(through * rate_k) * _picked(end, here, 0)
+                end = tl.where(here, new[None, :], end)
+            if not STAY:
+                tl.store(ends + some * CHANNELS + at, end, mask=inside)
+    if STAY:
+        tl.store(ends + at, end, mask=(n < N) & mine[None, :])
     tl.store(sums + row * CHANNELS + channel, steps, mask=mine)
 
 

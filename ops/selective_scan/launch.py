@@ -238,7 +238,7 @@ def _split_starts(
     sums = x.new_empty((grid.batch, grid.splits, channels), dtype=torch.float32)
     launchable(kernels.split_ends)[grid.programs(tile)](
         x, delta, A, M, z, bias, ends, sums, *grid.sizes, *_strides(x, delta, z), M.shape[3],
-        **grid.options(tile), N=states, UNROLL=tile.unroll, BACKWARD=backward,
+        **grid.options(tile), N=states, BLOCK_N=tile.unroll, BACKWARD=backward,
     )  # fmt: skip
     starts, block = torch.empty_like(ends), 32
     launchable(kernels.split_starts)[(grid.batch * -(-channels // block) * states,)](

@@ -19,8 +19,8 @@ class Tile(NamedTuple):
     Attributes:
         channels: Channels of a tile, a power of two; those of one program.
         warps: Warps of a program.
-        unroll: States whose instructions are mixed, so that one computes while another waits. Forward a power of two,
-            1 for one state, else at least 4: those that a thread has at a time. Otherwise it divides their number.
+        unroll: States whose instructions are mixed, so that one computes while another waits. Backward it divides their
+            number; else it is a power of two, 1 for one state or at least 4: those that a thread has at a time.
         registers: Of a thread at most, or as many as it takes.
     """
 
@@ -60,8 +60,8 @@ def forward(states: int) -> Tile:
 
 @lru_cache
 def ends(states: int) -> Tile:
-    """Tile of the kernel that finds what splits add."""
-    return Tile(32, warps=1, unroll=_divisor(states, 16))
+    """Tile of the kernel that finds what splits add, which works as `forward` does."""
+    return forward(states)
 
 
 @lru_cache

@@ -217,8 +217,8 @@ def small_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "rows", lambda each, row: tiles.Tile(4, warps=1))
     if device.type == "cpu":
         monkeypatch.setattr(tiles, "TOKENS", 8)
-        monkeypatch.setattr(tiles, "ends", lambda states: tiles.Tile(4, warps=1))
-        monkeypatch.setattr(tiles, "forward", lambda states: tiles.Tile(4, warps=1, unroll=1 if states == 1 else 4))
+        for kernel in ("forward", "ends"):
+            monkeypatch.setattr(tiles, kernel, lambda states: tiles.Tile(4, warps=1, unroll=1 if states == 1 else 4))
         monkeypatch.setattr(tiles, "backward", lambda states: tiles.Tile(2, warps=1, unroll=2 - states % 2))
 
 
