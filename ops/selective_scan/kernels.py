@@ -463,12 +463,17 @@ def backward(
         tl.store(parts_A + n * CHANNELS + channel, tl.zeros((BLOCK_C,), tl.float32), mask=mine)
     by_D, by_bias = tl.zeros((BLOCK_C,), tl.float32), tl.zeros((BLOCK_C,), tl.float32)
     count = tl.minimum(tiles_each, tiles - split * tiles_each)
-    states += (batch.to(tl.int64) * tiles + split * tiles_each + count) * (N * CHANNELS)
+    states += (batch.to(tl.int64) * tiles + split * tiles_each + count - 1) * (N * CHANNELS)
+    tile = split * tiles_each + count - 1
+    if REVERSE:
+        tile = tiles - 1 - tile
+    if UNROLL > 1:
+        n_some = tl.arange(0, UNROLL)[:, None]
+        map_at = tile.to(tl.int64) * T + maps + n_some * padded + tl.arange(0, T)[None, :]
+        at = n_some * CHANNELS + channel[None, :]
+        next_b, next_c = tl.load(B + map_at), tl.load(C + map_at)
+        next_states = tl.load(states + at, mask=mine[None, :], other=0.0)
     for i in range(count):
-        tile = split * tiles_each + count - 1 - i
-        if REVERSE:
-            tile = tiles - 1 - tile
-        states -= N * CHANNELS
         first = tile.to(tl.int64) * T
         there = tl.arange(0, T) < L - tile * T
         real = there[:, None] & mine[None, :]
@@ -485,12 +490,27 @@ def backward(
         by_B, by_C = tl.zeros((T, BLOCK_N), tl.float32), tl.zeros((T, BLOCK_N), tl.float32)
         tl.debug_barrier()  # what is read has been written by whom it may concern
         for some in range(0, N, UNROLL):
+            if UNROLL > 1:
+                maps_some, states_some = _side_by_side(next_b, next_c), _held(next_states)
+                # Of the states after these, or of the first ones in the next tile
+                turn = some + UNROLL >= N
+                on = tl.where(turn, -some, UNROLL)
+                map_at += on * padded + tl.where(turn, T if REVERSE else -T, 0)
+                at += on * CHANNELS - tl.where(turn, N * CHANNELS, 0)
+                wanted = (i + 1 < count) | (some + UNROLL < N)
+                next_b = tl.load(B + map_at, mask=wanted & (n_some < UNROLL), other=0.0)
+                next_c = tl.load(C + map_at, mask=wanted & (n_some < UNROLL), other=0.0)
+                next_states = tl.load(states + at, mask=wanted & mine[None, :], other=0.0)
             for k in tl.static_range(UNROLL):
                 n = some + k
                 rate = _vector(A + n * CHANNELS, channel, mine)
-                b = _map(B + maps + (n * padded + first), T)
-                c = _map(C + maps + (n * padded + first), T)
-                state = _vector(states + n * CHANNELS, channel, mine)
+                if UNROLL > 1:
+                    b, c = _apart(_picked(maps_some, n_some == k, 0))
+                    state = _picked(states_some, n_some == k, 0)
+                else:
+                    b = _map(B + maps + (n * padded + first), T)
+                    c = _map(C + maps + (n * padded + first), T)
+                    state = _vector(states + (n * CHANNELS - i * (N * CHANNELS)), channel, mine)
                 flow = _vector(waiting + n * CHANNELS, channel, mine)
                 by_rate = _vector(parts_A + n * CHANNELS, channel, mine)
                 decay = tl.exp2(step * (rate * LOG2E)[None, :])
@@ -528,6 +548,7 @@ def backward(
         tl.store(parts_C + map_places + first * part_t, by_C, mask=inside)
         by_D += tl.sum(by_y * x, 0)
         by_bias += tl.sum(by_step, 0)
+        tile += 1 if REVERSE else -1
     if D is not None:
         tl.store(parts_D + row * CHANNELS + channel, by_D, mask=mine)
     if parts_bias is not None:
@@ -544,7 +565,7 @@ def split_ends(
 ):  # fmt: skip
     """What each split adds to what flows through it, (batch, splits, N, channels), and the sum of its steps.
 
-    Forward, x is u and M is B; backward, x is the gradient of the output and M is C. States are taken as `forward` does.
+    Forward, x is u and M is B; backward, x is the gradient of the output and M is C. States are taken as by `forward`.
     """
     batch, split, group, _block, channel, mine = _place(splits, BLOCKS, GROUPS, EACH, BLOCK_C)
     T: tl.constexpr = 2**LOG_T
