@@ -470,7 +470,7 @@ def backward(
     if UNROLL > 1:
         n_some = tl.arange(0, UNROLL)[:, None]
         map_at = tile.to(tl.int64) * T + maps + n_some * padded + tl.arange(0, T)[None, :]
-        at = n_some * CHANNELS + channel[None, :]
+        at = n_some * CHANNELS + channel.to(tl.int64)[None, :]
         next_b, next_c = tl.load(B + map_at), tl.load(C + map_at)
         next_states = tl.load(states + at, mask=mine[None, :], other=0.0)
     for i in range(count):
@@ -510,7 +510,7 @@ def backward(
                 else:
                     b = _map(B + maps + (n * padded + first), T)
                     c = _map(C + maps + (n * padded + first), T)
-                    state = _vector(states + (n * CHANNELS - i * (N * CHANNELS)), channel, mine)
+                    state = _vector(states + n * CHANNELS, channel, mine)
                 flow = _vector(waiting + n * CHANNELS, channel, mine)
                 by_rate = _vector(parts_A + n * CHANNELS, channel, mine)
                 decay = tl.exp2(step * (rate * LOG2E)[None, :])
@@ -549,6 +549,8 @@ def backward(
         by_D += tl.sum(by_y * x, 0)
         by_bias += tl.sum(by_step, 0)
         tile += 1 if REVERSE else -1
+        if UNROLL == 1:
+            states -= N * CHANNELS
     if D is not None:
         tl.store(parts_D + row * CHANNELS + channel, by_D, mask=mine)
     if parts_bias is not None:
