@@ -54,9 +54,9 @@ def runs(tensors: dict[str, Tensor]) -> dict[str, Callable[[], Any]]:
 def held(states: int, which: str) -> Iterator[Tile]:
     """A channel a lane; one or two channels a thread."""
     unrolls = [unroll for unroll in (1, 2, 4, 8, 16) if unroll <= states and states % unroll == 0]
-    bounds: list[int | None] = [None]
+    bounds = [0]
     if which == "forward":
-        unrolls, bounds = [1] if states == 1 else [4, 8, 16], [None, 128, 168, 200, 224, 255]
+        unrolls, bounds = [1] if states == 1 else [4, 8, 16], [0, 128, 168, 200, 224, 255]
     for channels, warps, unroll, bound in itertools.product((32, 64, 128), (1, 2, 4), unrolls, bounds):
         if 32 * warps <= channels <= 64 * warps:
             yield Tile(channels, warps, unroll, bound)

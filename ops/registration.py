@@ -81,6 +81,11 @@ def launchable(kernel: Any) -> Any:
     return torch.library.wrap_triton(kernel) if getattr(_state, "recording", False) else kernel
 
 
+def bound(kernel: Any, registers: int) -> dict[str, int]:
+    """The option that bounds a thread's registers; none for 0, or where compilers launch, which cannot pass it on."""
+    return {"maxnreg": registers} if registers and launchable(kernel) is kernel else {}
+
+
 def _recorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls the function, whose kernels `launchable` hands to the tracer."""
     before, _state.recording = getattr(_state, "recording", False), True

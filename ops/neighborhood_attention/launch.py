@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from vizoo.ops import gpu
-from vizoo.ops.registration import launchable, register_flops
+from vizoo.ops.registration import bound, launchable, register_flops
 from vizoo.ops.tracing import known
 
 from . import kernels, tiles
@@ -118,7 +118,7 @@ def forward(
             else:
                 if whole.stack > 1 and not LISTS_AHEAD:
                     whole = replace(whole, stages=1)
-                if whole.registers and not _bounds(kernels.whole_forward):
+                if whole.registers and not bound(kernels.whole_forward, whole.registers):
                     whole = replace(whole, registers=0, per_sm=min(whole.per_sm, 4))
                 counts, grid = _shared(call, whole)
                 _launch(
@@ -138,13 +138,7 @@ def _for_tiles(call: _Call, kind: tiles.Kind, kernel: Any, *tensors: Tensor | No
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], tile: tiles.Tile, *arguments: Any, **constants: Any) -> None:
-    bound = {"maxnreg": tile.registers} if tile.registers and _bounds(kernel) else {}
-    launchable(kernel)[grid](*arguments, **constants, **bound)
-
-
-def _bounds(kernel: Any) -> bool:
-    """Whether registers of a kernel can be bounded: torch's compilers cannot pass that on."""
-    return launchable(kernel) is kernel
+    launchable(kernel)[grid](*arguments, **constants, **bound(kernel, tile.registers))
 
 
 def _shared(call: _Call, tile: tiles.Tile) -> tuple[tuple[int, int, int], tuple[int, int]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vizoo.ops import gpu
-from vizoo.ops.registration import launchable, register_flops
+from vizoo.ops.registration import bound, launchable, register_flops
 from vizoo.ops.tracing import known
 
 from . import kernels, tiles
@@ -53,11 +53,12 @@ class Grid:
         """As many as there are splits of blocks of channels."""
         return (self.batch * self.splits * self.constants["GROUPS"] * self.blocks(tile),)
 
-    def options(self, tile: Tile) -> dict[str, Any]:
-        """What a kernel is compiled for: one stage, for what compilers would load ahead of products is nothing here."""
-        sizes = {"BLOCKS": self.blocks(tile), "BLOCK_C": tile.channels}
-        bound = {} if tile.registers is None else {"maxnreg": tile.registers}
-        return {**self.constants, **sizes, **bound, "num_warps": tile.warps, "num_stages": 1}
+    def launch(self, kernel: Any, tile: Tile, *arguments: Any, **constants: Any) -> None:
+        """Runs a kernel in one stage, for what compilers would load ahead of products is nothing here."""
+        launchable(kernel)[self.programs(tile)](
+            *arguments, **self.constants, **constants, BLOCKS=self.blocks(tile), BLOCK_C=tile.channels,
+            num_warps=tile.warps, num_stages=1, **bound(kernel, tile.registers),
+        )  # fmt: skip
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -103,15 +104,11 @@ def forward(
         inputs = (u, delta, A, B, C, D, z, bias, start, out, last if return_state else None)
         sizes = (*grid.sizes, *_strides(u, delta, z, out), B.shape[3])
         if in_rows:
-            launchable(kernels.forward_rows)[grid.programs(tile)](
-                *inputs, kept if keep else None, *sizes, **grid.options(tile), LOG_ROWS=_log2(row // tokens)
-            )
+            rows = _log2(row // tokens)
+            grid.launch(kernels.forward_rows, tile, *inputs, kept if keep else None, *sizes, LOG_ROWS=rows)
         else:
             waiting = kept if keep or tile.unroll >= states else kept.new_empty((batch, grid.splits, states, channels))
-            launchable(kernels.forward)[grid.programs(tile)](
-                *inputs, waiting, *sizes, **grid.options(tile),
-                N=states, BLOCK_N=tile.unroll, KEEP=keep,
-            )  # fmt: skip
+            grid.launch(kernels.forward, tile, *inputs, waiting, *sizes, N=states, BLOCK_N=tile.unroll, KEEP=keep)
     return out, last.transpose(1, 2), kept
 
 
@@ -151,11 +148,12 @@ def backward(
             laid_B, laid_C = _maps(B, C, tokens)
             if grid.splits > 1:
                 flows = _split_starts(grid, flows, rates, (grad_out, delta, laid_C, z, shift), backward=True)
-            launchable(kernels.backward)[grid.programs(tile)](
+            grid.launch(
+                kernels.backward, tile,
                 grad_out, u, delta, rates, laid_B, laid_C, skip, z, shift, kept, flows, torch.empty_like(parts.A),
                 grad_u, grad_delta, grad_z, parts.B, parts.C, parts.A, parts.D, parts.bias, parts.start,
                 *grid.sizes, *_strides(grad_out, u, delta, z, grad_u), laid_B.shape[3], *parts.B.stride(),
-                **grid.options(tile), N=states, UNROLL=tile.unroll, BLOCK_N=max(16, 1 << (states - 1).bit_length()),
+                N=states, UNROLL=tile.unroll, BLOCK_N=max(16, 1 << (states - 1).bit_length()),
                 PRECISION="tf32" if half else "tf32x3",
             )  # fmt: skip
     return (
@@ -236,9 +234,9 @@ def _split_starts(
     tile = tiles.ends(states)
     ends = x.new_empty((grid.batch, grid.splits, states, channels), dtype=torch.float32)
     sums = x.new_empty((grid.batch, grid.splits, channels), dtype=torch.float32)
-    launchable(kernels.split_ends)[grid.programs(tile)](
-        x, delta, A, M, z, bias, ends, sums, *grid.sizes, *_strides(x, delta, z), M.shape[3],
-        **grid.options(tile), N=states, BLOCK_N=tile.unroll, BACKWARD=backward,
+    grid.launch(
+        kernels.split_ends, tile, x, delta, A, M, z, bias, ends, sums, *grid.sizes, *_strides(x, delta, z), M.shape[3],
+        N=states, BLOCK_N=tile.unroll, BACKWARD=backward,
     )  # fmt: skip
     starts, block = torch.empty_like(ends), 32
     launchable(kernels.split_starts)[(grid.batch * -(-channels // block) * states,)](

@@ -21,13 +21,13 @@ class Tile(NamedTuple):
         warps: Warps of a program.
         unroll: States whose instructions are mixed, so that one computes while another waits. Backward it divides their
             number; else it is a power of two, 1 for one state or at least 4: those that a thread has at a time.
-        registers: Of a thread at most, or as many as it takes.
+        registers: Of a thread at most; 0 for as many as the compiler likes.
     """
 
     channels: int
     warps: int
     unroll: int = 1
-    registers: int | None = None
+    registers: int = 0
 
 
 def in_rows(states: int, tokens_together: bool, length: int) -> bool:
