@@ -20,7 +20,7 @@ def device_reasons(device: torch.device) -> list[str]:
     """Why kernels cannot run on a device; empty when they can. On a CPU only the interpreter runs them."""
     if not TRITON_INSTALLED:
         return ["triton is not installed"]
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+    if device.type == "cpu" and interpreted():
         return []
     if device.type != "cuda" or torch.version.hip is not None:
         return [f"the kernels need an NVIDIA GPU, the input is on {device.type}"]
@@ -29,6 +29,11 @@ def device_reasons(device: torch.device) -> list[str]:
     else:
         major = _major(device)
     return [] if major >= 8 else [f"the kernels need compute capability 8.0, this GPU has {major}.x"]
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs kernels, on a CPU, so that nothing compiles them."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @lru_cache

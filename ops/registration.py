@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd.function import once_differentiable
+
+from vizoo.ops.gpu import interpreted
 
 _state = threading.local()
 
@@ -30,7 +31,7 @@ def kernel_operator(name: str, schema: str, function: Callable[..., Any], fake: 
     """
     operator = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
     operator.register_fake(fake)
-    if os.environ.get("TRITON_INTERPRET") != "1":  # compilers cannot call what is not compiled
+    if not interpreted():  # compilers cannot call what is not compiled
 
         @operator.register_torch_dispatch(FunctionalTensorMode)
         def taken_apart(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:

@@ -271,22 +271,6 @@ def _log2(x, COMPILED: tl.constexpr):
 
 
 @triton.jit
-def _store(pointers, value, mask, COMPILED: tl.constexpr):
-    """Stores a float32 for each row of a product from where it is; `tl.store` would pass it through shared memory."""
-    if COMPILED:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.f32 [$1], $2; mov.b32 $0, 0; }",
-            "=r,l,f,r",
-            [pointers.to(tl.int64), value, mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.store(pointers, value, mask=mask)
-
-
-@triton.jit
 def _turned(x):
     """A matrix, or each of a list, with rows and columns exchanged."""
     if len(x.shape) == 3:
@@ -525,7 +509,7 @@ def whole_forward(
         target = out + image * Z * Y * X * (HEADS * D) + head * D
         _put_vectors(target, value, pixel_q, real, HEADS * D, D, BLOCK_D)
         statistics = lse + (image * HEADS + head) * Z * Y * X
-        _store(statistics + pixel_q, highest + total, real, COMPILED)
+        tl.store(statistics + pixel_q, highest + total, mask=real)
 
 
 @triton.jit(do_not_specialize=["tiles", "down", "across", "images"])

@@ -86,7 +86,7 @@ class _Call:
             "PACKED": self.packed,
             "HAS_BIAS": self.bias is not None,
             "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",  # halves have but one precision
-            "COMPILED": self.device.type == "cuda",
+            "COMPILED": not gpu.interpreted(),
             "TZ": TZ, "TY": TY, "TX": TX,
             **block,
             "STAGES": tile.stages,
@@ -118,8 +118,6 @@ def forward(
             else:
                 if whole.stack > 1 and not LISTS_AHEAD:
                     whole = replace(whole, stages=1)
-                if whole.registers and not bound(kernels.whole_forward, whole.registers):
-                    whole = replace(whole, registers=0, per_sm=min(whole.per_sm, 4))
                 counts, grid = _shared(call, whole)
                 _launch(
                     kernels.whole_forward, grid, whole, *call.inputs, out, lse, *call.numbers(counts), call.images,

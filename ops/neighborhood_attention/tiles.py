@@ -77,13 +77,15 @@ def tiled(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Til
     what counts is how many pairs are visited that nobody sees.
     """
     most = places(d, itemsize)
-    # A sweep on an H100 found 32 keys of one warp 1.1 times as fast as 64 of four; for wider ones it has no registers.
+    # Sweeps on an H100 found 32 keys of one warp 1.1 times as fast as 64 of four, and 32 queries at a time 1.05 times
+    # as fast as 64, with registers for twelve programs; for wider keys or queries there are none.
     narrow = kind == "keys" and itemsize == 2 and d <= 32
-    shapes = itertools.product(_boxes(32 if narrow else most), _boxes(most))
+    most = 32 if narrow else most
+    shapes = itertools.product(_boxes(most), _boxes(most))
     # Of equals those with the longest rows, which lie together in memory.
     tile, block = min(shapes, key=lambda shape: (_cost(shape[0], shape[1], sizes, kernel, d), -shape[1][2]))
     warps, ahead = 1 if narrow else most // 16, kind in ("forward", "keys") and itemsize == 2
-    return Tile(tile, block, warps, stages=2 if ahead else 1)
+    return Tile(tile, block, warps, stages=2 if ahead else 1, registers=168 if narrow else 0)
 
 
 @lru_cache(maxsize=256)
@@ -104,10 +106,9 @@ def whole(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Til
                 continue
             if forward and queries == 32:
                 # Programs as registers allow: eight of them hide each other's loads, fewer have theirs ahead.
-                per_sm = 4 if columns > 128 or d > 32 else 5 if columns > 64 else 8
-                bound = 200 if 96 < columns <= 128 and per_sm == 5 else 0
+                per_sm = 4 if columns > 96 or d > 32 else 5 if columns > 64 else 8
                 turns = turnable(tile, sizes, kernel, columns)
-                chosen = replace(chosen, stages=2 if per_sm == 8 else 3, per_sm=per_sm, turns=turns, registers=bound)
+                chosen = replace(chosen, stages=2 if per_sm == 8 else 3, per_sm=per_sm, turns=turns)
                 found[chosen] = _waste(tile, sizes, turns) * columns * (1 + KEY_COST * d / queries)
             elif forward and not more:
                 # At 56 x 56, 7 x 7 and 32 channels a sweep on an H100 found two warps 1.4 times as fast as four. Three

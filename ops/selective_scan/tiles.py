@@ -51,11 +51,12 @@ def rows(each: int, row: int) -> Tile:
 def forward(states: int) -> Tile:
     """Tile of the kernel that scans: a channel a lane.
 
-    Told how many registers there are, compilers read maps before they need them; with 200 there are 10 warps at work.
+    Told how many registers there are, compilers read maps before they need them. A sweep on an H100 found bounds from
+    200 to 255 and none within 3 % for long sequences, and 255 a tenth faster than 200 for 197 tokens.
     """
     if states == 1:
         return Tile(32, warps=1)
-    return Tile(32, warps=1, unroll=min(16, max(4, 1 << (states - 1).bit_length())), registers=200)
+    return Tile(32, warps=1, unroll=min(16, max(4, 1 << (states - 1).bit_length())), registers=255)
 
 
 @lru_cache
