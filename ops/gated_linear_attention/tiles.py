@@ -47,12 +47,13 @@ def _size(dk: int, dv: int) -> int:
 def outputs(dk: int, dv: int, half: bool) -> Tile:
     """Tile of the kernel that walks with a state and makes the output.
 
-    Registers are bounded so that a multiprocessor takes six programs of two warps, or four of four, as their walks are
-    chains of waits. What does not fit are masks and the steps by halves, which few inputs take.
+    Walks are chains of waits: a warp takes its next instruction ten cycles after the one before. So registers are
+    bounded to have many warps: six programs of four on a multiprocessor, all of 128 images and 6 heads at once, where
+    twelve warps of twice the registers would have to do twice as much each; or four programs of four.
     """
     size = _size(dk, dv)
     if half:
-        return Tile(32, 2, 2, 168) if size <= 2048 else Tile(32, 4, 2, 128) if size <= 4096 else Tile(32, 8, 2)
+        return Tile(32, 4, 2, 80) if size <= 2048 else Tile(32, 4, 2, 128) if size <= 4096 else Tile(32, 8, 2)
     return Tile(16, 2 if size <= 2048 else 8)
 
 
