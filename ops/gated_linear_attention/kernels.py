@@ -172,6 +172,12 @@ def _clock(ones, a, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def _least(time):
+    """Of every eighth row the least: what a thread has of a product, without asking others."""
+    return tl.min(tl.reshape(time, (time.shape[0] // 8, 8, time.shape[1])), 0)
+
+
+@triton.jit
 def _either(second, one, other):
     if second == 1:
         one = other
@@ -375,7 +381,7 @@ def _walk(
 ):
     """The walks of `outputs`, one after the other; returns what faded at most within a tile."""
     pitch: tl.constexpr = HEADS * DV
-    least = tl.zeros((ROWS, BLOCK_K), tl.float32)
+    least = tl.zeros((8, BLOCK_K), tl.float32)
     for direction in tl.static_range(DIRECTIONS):
         source = decay if direction == 0 else reverse_decay
         backwards = (direction + REVERSE) % 2
@@ -393,7 +399,7 @@ def _walk(
                 result, state = _by_halves(query, key, value, a, place, state, LEVELS, OPERAND)
             else:
                 result, state, time = _in_one_step(query, key, value, a, place, state, OPERAND)
-                least = tl.minimum(least, time)
+                least = tl.minimum(least, _least(time))
             if direction == 1:
                 result += _tile(part, start, tokens, pitch, DV, BLOCK_V, ROWS)
             if direction == DIRECTIONS - 1:
@@ -530,30 +536,29 @@ def _gradients(
     by_key = tl.zeros((ROWS, BLOCK_K), tl.float32)
     by_value = tl.zeros((ROWS, BLOCK_V), tl.float32)
     scores = tl.zeros((ROWS, ROWS), tl.float32)
-    least = 0.0
+    least = tl.zeros((8, BLOCK_K), tl.float32)
     for direction in tl.static_range(DIRECTIONS):
         source = decay if direction == 0 else reverse_decay
         place = _places((direction + REVERSE) % 2, ROWS)
         until, pairs = _until(place), place[:, None] >= place[None, :]
         a, slope = _log_decay(source, start, tokens, decay_token, inverse, DK, BLOCK_K, ROWS, NORMALIZED)
-        change = tl.sum(a, 0)
-        least = tl.minimum(least, tl.min(change, 0))
         state = _state(kept, index + direction * HEADS, DK, DV, BLOCK_K, BLOCK_V)
         grad_state = _state(grad_kept, index + direction * HEADS, DK, DV, BLOCK_K, BLOCK_V)
         # What passes through the tile, what it reads, and what it adds.
-        through = tl.exp2(change) * tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 1)
+        through = tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 1)
         read = _product(grad, tl.trans(state), OPERAND) * factor
         if STRONG:
             time = _sums(until, a, OPERAND)
             brought = tl.exp2(_sums(_after(place), a, OPERAND))
         else:
             time = _clock(until, a, OPERAND)
-            brought = tl.exp2(change[None, :] - time)
+            brought = tl.exp2(_clock(_after(place), a, OPERAND))
+            least = tl.minimum(least, _least(time))
         left = tl.exp2(time)
         added = _product(value, tl.trans(grad_state), OPERAND) * brought
         by_value += _product(key * brought, grad_state, OPERAND)
         by_key += added
-        by_decay = through[None, :] + _sums(tl.trans(_after(place)), key * added, OPERAND)
+        by_decay = through[None, :] * (left * brought) + _sums(tl.trans(_after(place)), key * added, OPERAND)
         if STRONG:
             by_query += read * left
             by_decay += _sums(tl.trans(until), query * left * read, OPERAND)
@@ -593,7 +598,7 @@ def _gradients(
     _put(grad_q, by_query, start, tokens, pitch_k, DK)
     _put(grad_k, by_key, start, tokens, pitch_k, DK)
     _put(grad_v, by_value, start, tokens, pitch_v, DV)
-    return least
+    return tl.min(least)
 
 
 @triton.jit(do_not_specialize=["tokens"])
