@@ -172,6 +172,18 @@ def _clock(ones, a, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def _fades(a, WIDTH: tl.constexpr, OPERAND: tl.constexpr):
+    """What fades of each number of a state within a tile: as a product it comes where the state is, without sums that
+    go from thread to thread. That is more exponentials, too many for more channels of keys."""
+    if tl.float32 == OPERAND or a.shape[1] > 32:
+        result = tl.sum(a, 0)[:, None]
+    else:
+        ones = tl.full((a.shape[0], WIDTH), 1.0, tl.float16)
+        result = tl.dot(tl.trans(a.to(tl.float16)), ones)
+    return result
+
+
+@triton.jit
 def _least(time):
     """Of every eighth row the least: what a thread has of a product, without asking others."""
     return tl.min(tl.reshape(time, (time.shape[0] // 8, 8, time.shape[1])), 0)
@@ -258,9 +270,9 @@ def states(
             x *= tl.exp2(_clock(_until(place), a, OPERAND)) * tl.cast(scale, tl.float32)
         else:
             x *= tl.exp2(_clock(_after(place), a, OPERAND))
-        change = tl.sum(a, 0)
-        time += change
-        state = state * tl.exp2(change)[:, None] + _product(tl.trans(x), y, OPERAND)
+        if decays is not None:
+            time += tl.sum(a, 0)
+        state = state * tl.exp2(_fades(a, BLOCK_V, OPERAND)) + _product(tl.trans(x), y, OPERAND)
     if ends is not None:
         _put_state(ends, state, program, DK, DV)
     if decays is not None:
@@ -301,18 +313,6 @@ def scan(
         tl.store(parts + index * (DK * DV) + lane, state, mask=real)
         state = left * state + added
     tl.store(last + walk * (DK * DV) + lane, state, mask=real)
-
-
-@triton.jit
-def _fades(a, WIDTH: tl.constexpr, OPERAND: tl.constexpr):
-    """What fades of each number of a state within a tile: as a product it comes where the state is, without sums that
-    go from thread to thread."""
-    if tl.float32 == OPERAND:
-        result = tl.sum(a, 0)[:, None]
-    else:
-        ones = tl.full((a.shape[0], WIDTH), 1.0, tl.float16)
-        result = tl.dot(tl.trans(a.to(tl.float16)), ones)
-    return result
 
 
 @triton.jit
