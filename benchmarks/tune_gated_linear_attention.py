@@ -72,7 +72,7 @@ def choices(kind: str, tokens: int, quick: bool) -> Iterator[Any]:
 def chooser(kind: str, choice: Any) -> Callable[..., Any]:
     """What stands in for a function of `tiles`."""
     if kind == "states":
-        return lambda dk, dv, half, rows: choice._replace(rows=rows)
+        return lambda dk, dv, half, rows, many: choice._replace(rows=rows)
     return lambda *sizes: choice
 
 

@@ -71,15 +71,17 @@ def gradients(dk: int, dv: int, half: bool) -> Tile:
 
 
 @lru_cache
-def states(dk: int, dv: int, half: bool, rows: int) -> Tile:
+def states(dk: int, dv: int, half: bool, rows: int, many: bool) -> Tile:
     """Tile of the kernel that walks through tiles of so many rows with a state.
 
-    Four warps would get Hopper's wide products for 64 channels of keys, which reach beyond short tiles in float32. With
-    80 registers instead of 96, twelve programs fit on a multiprocessor instead of ten.
+    With 80 registers instead of 96, twelve programs of two warps fit on a multiprocessor instead of ten. Unless there
+    are so `many`, four warps take each tile in two thirds of the time. They get Hopper's wide products for 64 channels
+    of keys, which reach beyond short tiles in float32.
     """
     size = _size(dk, dv)
-    bounded = half and rows <= 32 and 512 < size <= 2048
-    return Tile(rows, 2 if size <= 4096 else 4, 3 if half else 2, 80 if bounded else 0)
+    if half and size > 512:
+        return Tile(rows, 2, 3, 80) if many and size <= 2048 else Tile(rows, 4, 3)
+    return Tile(rows, 2 if size <= 4096 else 4, 3 if half else 2)
 
 
 def chunk(tokens: int, walks: int, rows: int, processors: int) -> int:
