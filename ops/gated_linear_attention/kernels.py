@@ -16,10 +16,10 @@ block that has them in different halves, and no exponent is positive, so that no
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
+
+from vizoo.ops.gpu import interpreted
 
 NOTHING: tl.constexpr = tl.constexpr(-160.0)
 """2 to its power is zero in float32."""
@@ -29,7 +29,7 @@ LITTLE: tl.constexpr = tl.constexpr(-64.0)
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
-COMPILED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
+COMPILED: tl.constexpr = tl.constexpr(not interpreted())
 """The interpreter knows no assembly."""
 
 

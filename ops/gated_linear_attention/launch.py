@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vizoo.ops import gpu
-from vizoo.ops.registration import launchable, register_flops
+from vizoo.ops.registration import bound, launchable, register_flops
 
 from . import kernels, tiles
 from .function import FLOPS
@@ -128,10 +128,8 @@ class _Call:
 
 
 def _launched(kernel: Any, tile: tiles.Tile) -> tuple[Any, dict[str, int]]:
-    """A kernel as it is to be launched, and how. Torch's compilers cannot pass on that registers are bounded."""
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    seen = launchable(kernel)
-    return seen, options | {"maxnreg": tile.registers} if tile.registers and seen is kernel else options
+    """A kernel as it is to be launched, and how."""
+    return launchable(kernel), {"num_warps": tile.warps, "num_stages": tile.stages, **bound(kernel, tile.registers)}
 
 
 def forward(
