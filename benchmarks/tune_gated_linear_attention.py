@@ -26,17 +26,20 @@ from vizoo.ops.gated_linear_attention import launch, tiles
 from vizoo.ops.gated_linear_attention.tiles import Tile
 
 KINDS = ("outputs", "gradients", "states", "chunk")
-ROWS, WARPS, STAGES, REGISTERS = (16, 32, 64), (1, 2, 4, 8), (1, 2, 3), (0, 64, 80, 96, 128, 168)
+ROWS, WARPS, STAGES, REGISTERS = (16, 32, 64), (1, 2, 4, 8), (1, 2, 3), (0, 80, 96, 128, 168)
 LIKELY = {
     "outputs": [
-        Tile(32, 4, 2, 80), Tile(32, 4, 1, 80), Tile(32, 4, 2, 96), Tile(32, 4, 2, 128), Tile(32, 8, 2, 64),
-        Tile(32, 8, 2, 80), Tile(32, 2, 2, 128), Tile(32, 2, 2, 168), Tile(16, 2, 2, 128), Tile(16, 4, 2, 80),
+        Tile(32, 2, 2, 168), Tile(32, 2, 1, 168), Tile(32, 2, 3, 168), Tile(32, 2, 2), Tile(16, 2, 2, 168),
+        Tile(16, 2, 3, 128), Tile(32, 4, 2, 80), Tile(32, 4, 2, 96), Tile(32, 4, 2, 128), Tile(32, 4, 2),
+        Tile(64, 4, 2),
     ],
     "gradients": [
-        Tile(16, 4, 1, 80), Tile(16, 4, 1, 96), Tile(16, 4, 1, 128), Tile(16, 2, 1, 96), Tile(16, 2, 1, 128),
-        Tile(16, 2, 1, 168), Tile(16, 8, 1, 64), Tile(32, 4, 1, 128), Tile(32, 8, 1, 80), Tile(32, 8, 1, 128),
+        Tile(16, 2, 1, 168), Tile(16, 2, 1, 200), Tile(16, 2), Tile(16, 4, 1, 96), Tile(16, 4, 1, 128), Tile(16, 4),
+        Tile(32, 4), Tile(32, 8, 1, 128),
     ],
-    "states": [Tile(0, 2, 3, 80), Tile(0, 2, 3, 64), Tile(0, 2, 2, 64), Tile(0, 4, 3, 40), Tile(0, 4, 3)],
+    "states": [
+        Tile(0, 2, 3, 80), Tile(0, 2, 3), Tile(0, 2, 2), Tile(0, 2, 2, 64), Tile(0, 1, 3), Tile(0, 4, 3), Tile(0, 4, 2),
+    ],
 }  # fmt: skip
 Runs = dict[str, Callable[[], Any]]
 
@@ -72,7 +75,7 @@ def choices(kind: str, tokens: int, quick: bool) -> Iterator[Any]:
 def chooser(kind: str, choice: Any) -> Callable[..., Any]:
     """What stands in for a function of `tiles`."""
     if kind == "states":
-        return lambda dk, dv, half, rows, many: choice._replace(rows=rows)
+        return lambda dk, dv, half, rows: choice._replace(rows=rows)
     return lambda *sizes: choice
 
 

@@ -19,8 +19,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vizoo.ops.gpu import interpreted
-
 NOTHING: tl.constexpr = tl.constexpr(-160.0)
 """2 to its power is zero in float32."""
 
@@ -28,9 +26,6 @@ LITTLE: tl.constexpr = tl.constexpr(-64.0)
 """What may fade within a tile for one step; 2 to either power of it leaves room for what it multiplies."""
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-
-COMPILED: tl.constexpr = tl.constexpr(not interpreted())
-"""The interpreter knows no assembly."""
 
 
 @triton.jit
@@ -75,17 +70,15 @@ def _put_state(pointer, value, index, DK: tl.constexpr, DV: tl.constexpr):
 
 @triton.jit
 def _log2_beyond_one(e):
-    """log2(1 + e) for e from 0 to 1 to 2e-7: enough in exponents, where errors count as they are.
-
-    `tl.log2` has a series of a dozen steps for what GPUs have an instruction, exact enough between one and two.
-    """
-    if COMPILED:
-        result = tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + e], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        result = tl.log2(1.0 + e)
-    return result
+    """log2(1 + e) for e from 0 to 1 to 2e-7: enough in exponents, where errors count as they are."""
+    series = -0.00930901217 * e + 0.0520584031
+    series = series * e - 0.137520394
+    series = series * e + 0.241863985
+    series = series * e - 0.347300725
+    series = series * e + 0.478683611
+    series = series * e - 0.721165796
+    series = series * e + 1.44268988
+    return series * e
 
 
 @triton.jit
@@ -108,9 +101,9 @@ def _log_decay(
     slope, result = 1.0, value * LOG2_E
     if NORMALIZED:
         factor = tl.cast(inverse, tl.float32)
-        beyond = _log2_beyond_one(tl.exp2(-tl.abs(result)))
-        slope = factor * tl.exp2(-tl.maximum(result, 0.0) - beyond)
-        result = factor * (tl.minimum(result, 0.0) - beyond)
+        e = tl.exp2(-tl.abs(result))
+        slope = factor * tl.where(value > 0, e, 1.0) / (1.0 + e)
+        result = factor * (tl.minimum(result, 0.0) - _log2_beyond_one(e))
         result = tl.where((start + tl.arange(0, ROWS) < tokens)[:, None], result, 0.0)
     return tl.maximum(result, NOTHING), slope
 
@@ -160,33 +153,6 @@ def _sums(ones, value, OPERAND: tl.constexpr):
     high = (value.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
     low = (value - high).to(OPERAND)
     return tl.dot(ones.to(OPERAND), low, tl.dot(ones.to(OPERAND), high.to(OPERAND)))
-
-
-@triton.jit
-def _clock(ones, a, OPERAND: tl.constexpr):
-    """Sums of log decays where they are added to exponents. In half precision they are rounded to 11 bits, of what they
-    are: if as little fades as one step takes, that is less than factors in bfloat16 are rounded by."""
-    if tl.float32 == OPERAND:
-        return tl.dot(ones, a, input_precision="tf32x3")
-    return tl.dot(ones.to(tl.float16), a.to(tl.float16))
-
-
-@triton.jit
-def _fades(a, WIDTH: tl.constexpr, OPERAND: tl.constexpr):
-    """What fades of each number of a state within a tile: as a product it comes where the state is, without sums that
-    go from thread to thread. That is more exponentials, too many for more channels of keys."""
-    if tl.float32 == OPERAND or a.shape[1] > 32:
-        result = tl.sum(a, 0)[:, None]
-    else:
-        ones = tl.full((a.shape[0], WIDTH), 1.0, tl.float16)
-        result = tl.dot(tl.trans(a.to(tl.float16)), ones)
-    return result
-
-
-@triton.jit
-def _least(time):
-    """Of every eighth row the least: what a thread has of a product, without asking others."""
-    return tl.min(tl.reshape(time, (time.shape[0] // 8, 8, time.shape[1])), 0)
 
 
 @triton.jit
@@ -267,12 +233,12 @@ def states(
         x = _tile(left, start, tokens, left_token, DK, BLOCK_K, ROWS).to(tl.float32)
         y = _tile(right, start, tokens, right_token, DV, BLOCK_V, ROWS)
         if GRADIENT:
-            x *= tl.exp2(_clock(_until(place), a, OPERAND)) * tl.cast(scale, tl.float32)
+            x *= tl.exp2(_sums(_until(place), a, OPERAND)) * tl.cast(scale, tl.float32)
         else:
-            x *= tl.exp2(_clock(_after(place), a, OPERAND))
-        if decays is not None:
-            time += tl.sum(a, 0)
-        state = state * tl.exp2(_fades(a, BLOCK_V, OPERAND)) + _product(tl.trans(x), y, OPERAND)
+            x *= tl.exp2(_sums(_after(place), a, OPERAND))
+        change = tl.sum(a, 0)
+        time += change
+        state = state * tl.exp2(change)[:, None] + _product(tl.trans(x), y, OPERAND)
     if ends is not None:
         _put_state(ends, state, program, DK, DV)
     if decays is not None:
@@ -316,21 +282,19 @@ def scan(
 
 
 @triton.jit
-def _in_one_step(query, key, value, a, place, state, OPERAND: tl.constexpr):
+def _in_one_step(query, key, value, a, change, place, state, OPERAND: tl.constexpr):
     """What tokens of a tile within which little fades read in the state that it finds, and see of each other, and the
-    state that it leaves; and what faded."""
+    state that it leaves."""
     pairs = place[:, None] >= place[None, :]
-    time = _clock(tl.where(pairs, 1.0, 0.0), a, OPERAND)
-    bounded = tl.maximum(time, LITTLE)
-    queries, keys = (query * tl.exp2(bounded)).to(OPERAND), (key * tl.exp2(-bounded)).to(OPERAND)
+    time = tl.maximum(_sums(tl.where(pairs, 1.0, 0.0), a, OPERAND), LITTLE)
+    queries, keys = (query * tl.exp2(time)).to(OPERAND), (key * tl.exp2(-time)).to(OPERAND)
     scores = tl.where(pairs, _product(queries, tl.trans(keys), OPERAND), 0.0)
     result = _product(queries, state, OPERAND) + _product(scores, value, OPERAND)
-    state = (state + _product(tl.trans(keys), value, OPERAND)) * tl.exp2(_fades(a, value.shape[1], OPERAND))
-    return result, state, time
+    return result, (state + _product(tl.trans(keys), value, OPERAND)) * tl.exp2(change)[:, None]
 
 
 @triton.jit
-def _by_halves(query, key, value, a, place, state, LEVELS: tl.constexpr, OPERAND: tl.constexpr):
+def _by_halves(query, key, value, a, change, place, state, LEVELS: tl.constexpr, OPERAND: tl.constexpr):
     """The same where more may fade."""
     own = place[:, None] == place[None, :]
     scores = tl.where(own, _product(query, tl.trans(key), OPERAND), 0.0)
@@ -341,7 +305,7 @@ def _by_halves(query, key, value, a, place, state, LEVELS: tl.constexpr, OPERAND
     queries = query * tl.exp2(_sums(_until(place), a, OPERAND))
     result = _product(queries, state, OPERAND) + _product(scores, value, OPERAND)
     keys = key * tl.exp2(_sums(_after(place), a, OPERAND))
-    return result, state * tl.exp2(tl.sum(a, 0))[:, None] + _product(tl.trans(keys), value, OPERAND)
+    return result, state * tl.exp2(change)[:, None] + _product(tl.trans(keys), value, OPERAND)
 
 
 @triton.jit
@@ -381,7 +345,7 @@ def _walk(
 ):
     """The walks of `outputs`, one after the other; returns what faded at most within a tile."""
     pitch: tl.constexpr = HEADS * DV
-    least = tl.zeros((8, BLOCK_K), tl.float32)
+    least = tl.zeros((BLOCK_K,), tl.float32)
     for direction in tl.static_range(DIRECTIONS):
         source = decay if direction == 0 else reverse_decay
         backwards = (direction + REVERSE) % 2
@@ -392,14 +356,15 @@ def _walk(
         for step in tl.range(count, num_stages=STAGES):
             start = begin + (step + backwards * (count - 1 - 2 * step)) * ROWS
             a, _ = _log_decay(source, start, tokens, decay_token, inverse, DK, BLOCK_K, ROWS, NORMALIZED)
+            change = tl.sum(a, 0)
             query = _tile(q, start, tokens, q_token, DK, BLOCK_K, ROWS).to(tl.float32)
             key = _tile(k, start, tokens, k_token, DK, BLOCK_K, ROWS).to(tl.float32)
             value = _tile(v, start, tokens, v_token, DV, BLOCK_V, ROWS)
             if STRONG:
-                result, state = _by_halves(query, key, value, a, place, state, LEVELS, OPERAND)
+                result, state = _by_halves(query, key, value, a, change, place, state, LEVELS, OPERAND)
             else:
-                result, state, time = _in_one_step(query, key, value, a, place, state, OPERAND)
-                least = tl.minimum(least, _least(time))
+                result, state = _in_one_step(query, key, value, a, change, place, state, OPERAND)
+                least = tl.minimum(least, change)
             if direction == 1:
                 result += _tile(part, start, tokens, pitch, DV, BLOCK_V, ROWS)
             if direction == DIRECTIONS - 1:
@@ -409,7 +374,7 @@ def _walk(
         if ends is not None:
             _put_state(ends, state, index + direction * HEADS, DK, DV)
         tl.debug_barrier()  # what some threads wrote others read
-    return tl.min(least)
+    return tl.min(least, 0)
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "length"])
@@ -536,29 +501,29 @@ def _gradients(
     by_key = tl.zeros((ROWS, BLOCK_K), tl.float32)
     by_value = tl.zeros((ROWS, BLOCK_V), tl.float32)
     scores = tl.zeros((ROWS, ROWS), tl.float32)
-    least = tl.zeros((8, BLOCK_K), tl.float32)
+    least = 0.0
     for direction in tl.static_range(DIRECTIONS):
         source = decay if direction == 0 else reverse_decay
         place = _places((direction + REVERSE) % 2, ROWS)
         until, pairs = _until(place), place[:, None] >= place[None, :]
         a, slope = _log_decay(source, start, tokens, decay_token, inverse, DK, BLOCK_K, ROWS, NORMALIZED)
+        change = tl.sum(a, 0)
+        least = tl.minimum(least, tl.min(change, 0))
         state = _state(kept, index + direction * HEADS, DK, DV, BLOCK_K, BLOCK_V)
         grad_state = _state(grad_kept, index + direction * HEADS, DK, DV, BLOCK_K, BLOCK_V)
         # What passes through the tile, what it reads, and what it adds.
-        through = tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 1)
+        through = tl.exp2(change) * tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 1)
         read = _product(grad, tl.trans(state), OPERAND) * factor
+        time = _sums(until, a, OPERAND)
+        left = tl.exp2(time)
         if STRONG:
-            time = _sums(until, a, OPERAND)
             brought = tl.exp2(_sums(_after(place), a, OPERAND))
         else:
-            time = _clock(until, a, OPERAND)
-            brought = tl.exp2(_clock(_after(place), a, OPERAND))
-            least = tl.minimum(least, _least(time))
-        left = tl.exp2(time)
+            brought = tl.exp2(change[None, :] - time)
         added = _product(value, tl.trans(grad_state), OPERAND) * brought
         by_value += _product(key * brought, grad_state, OPERAND)
         by_key += added
-        by_decay = through[None, :] * (left * brought) + _sums(tl.trans(_after(place)), key * added, OPERAND)
+        by_decay = through[None, :] + _sums(tl.trans(_after(place)), key * added, OPERAND)
         if STRONG:
             by_query += read * left
             by_decay += _sums(tl.trans(until), query * left * read, OPERAND)
@@ -598,7 +563,7 @@ def _gradients(
     _put(grad_q, by_query, start, tokens, pitch_k, DK)
     _put(grad_k, by_key, start, tokens, pitch_k, DK)
     _put(grad_v, by_value, start, tokens, pitch_v, DV)
-    return tl.min(least)
+    return least
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -117,10 +117,8 @@ class _Call:
         length: int,
         gradient: bool,
     ) -> None:
-        programs = self.batch * chunks * self.directions * self.heads
-        many = bool(programs > 6 * gpu.multiprocessors(self.q.device))
-        kernel, options = _launched(kernels.states, tiles.states(self.dk, self.dv, self.half, self.rows, many))
-        kernel[(programs,)](
+        kernel, options = _launched(kernels.states, tiles.states(self.dk, self.dv, self.half, self.rows))
+        kernel[(self.batch * chunks * self.directions * self.heads,)](
             left, right, self.decay, self.reverse_decay, starts, kept, ends, decays, self.tokens, chunks, length,
             *self.factors, *left.stride()[:3], *right.stride()[:3], *self.decay.stride()[:3],
             GRADIENT=int(gradient), **self.constants, **options,

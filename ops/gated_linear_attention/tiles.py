@@ -47,41 +47,35 @@ def _size(dk: int, dv: int) -> int:
 def outputs(dk: int, dv: int, half: bool) -> Tile:
     """Tile of the kernel that walks with a state and makes the output.
 
-    Walks are chains of waits: a warp takes its next instruction ten cycles after the one before. So registers are
-    bounded to have many warps: six programs of four on a multiprocessor, all of 128 images and 6 heads at once, where
-    twelve warps of twice the registers would have to do twice as much each; or four programs of four.
+    Registers are bounded so that a multiprocessor takes six programs of two warps, or four of four, as their walks are
+    chains of waits. What does not fit are masks and the steps by halves, which few inputs take.
     """
     size = _size(dk, dv)
     if half:
-        return Tile(32, 4, 2, 80) if size <= 2048 else Tile(32, 4, 2, 128) if size <= 4096 else Tile(32, 8, 2)
+        return Tile(32, 2, 2, 168) if size <= 2048 else Tile(32, 4, 2, 128) if size <= 4096 else Tile(32, 8, 2)
     return Tile(16, 2 if size <= 2048 else 8)
 
 
 @lru_cache
 def gradients(dk: int, dv: int, half: bool) -> Tile:
-    """Tile of the kernel that makes the gradients of a tile. Longer ones would not fit into registers.
-
-    With 80 registers 24 warps share a multiprocessor; they keep some numbers in memory, which costs less than waits.
-    """
+    """Tile of the kernel that makes the gradients of a tile. Longer ones would not fit into registers."""
     size = _size(dk, dv)
     if half:
-        small = Tile(16, 2 if size <= 512 else 4, 1, 80)
+        small = Tile(16, 1 if size <= 512 else 2, 1, 168)
         return small if size <= 2048 else Tile(16, 4, 1, 128) if size <= 4096 else Tile(16, 8)
     return Tile(16, 4 if size <= 2048 else 8)
 
 
 @lru_cache
-def states(dk: int, dv: int, half: bool, rows: int, many: bool) -> Tile:
+def states(dk: int, dv: int, half: bool, rows: int) -> Tile:
     """Tile of the kernel that walks through tiles of so many rows with a state.
 
-    With 80 registers instead of 96, twelve programs of two warps fit on a multiprocessor instead of ten. Unless there
-    are so `many`, four warps take each tile in two thirds of the time. They get Hopper's wide products for 64 channels
-    of keys, which reach beyond short tiles in float32.
+    Four warps would get Hopper's wide products for 64 channels of keys, which reach beyond short tiles in float32. With
+    80 registers instead of 96, twelve programs fit on a multiprocessor instead of ten.
     """
     size = _size(dk, dv)
-    if half and size > 512:
-        return Tile(rows, 2, 3, 80) if many and size <= 2048 else Tile(rows, 4, 3)
-    return Tile(rows, 2 if size <= 4096 else 4, 3 if half else 2)
+    bounded = half and rows == 16 and 512 < size <= 2048
+    return Tile(rows, 2 if size <= 4096 else 4, 3 if half else 2, 80 if bounded else 0)
 
 
 def chunk(tokens: int, walks: int, rows: int, processors: int) -> int:
