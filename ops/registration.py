@@ -79,17 +79,22 @@ def register_flops(formulas: Mapping[Any, Callable[..., int]]) -> None:
 
 def launchable(kernel: Any) -> Any:
     """The kernel as it is to be launched, `launchable(kernel)[grid](...)`: through the tracer where one looks on."""
-    return torch.library.wrap_triton(kernel) if getattr(_state, "recording", False) else kernel
+    return torch.library.wrap_triton(kernel) if recording() else kernel
 
 
-def bound(kernel: Any, registers: int) -> dict[str, int]:
+def recording() -> bool:
+    """Whether kernels are handed to a tracer, and not launched."""
+    return getattr(_state, "recording", False)
+
+
+def bound(registers: int) -> dict[str, int]:
     """The option that bounds a thread's registers; none for 0, or where compilers launch, which cannot pass it on."""
-    return {"maxnreg": registers} if registers and launchable(kernel) is kernel else {}
+    return {"maxnreg": registers} if registers and not recording() else {}
 
 
 def _recorded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls the function, whose kernels `launchable` hands to the tracer."""
-    before, _state.recording = getattr(_state, "recording", False), True
+    before, _state.recording = recording(), True
     try:
         return function(*args, **kwargs)
     finally:

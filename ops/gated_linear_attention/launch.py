@@ -127,7 +127,7 @@ class _Call:
 
 def _launched(kernel: Any, tile: tiles.Tile) -> tuple[Any, dict[str, int]]:
     """A kernel as it is to be launched, and how."""
-    return launchable(kernel), {"num_warps": tile.warps, "num_stages": tile.stages, **bound(kernel, tile.registers)}
+    return launchable(kernel), {"num_warps": tile.warps, "num_stages": tile.stages, **bound(tile.registers)}
 
 
 def forward(

@@ -156,7 +156,7 @@ def _bias_of(bias, head, KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr):
 
 
 @triton.jit
-def _added(column, row, visible, HAS_BIAS: tl.constexpr, COMPILED: tl.constexpr):
+def _added(column, row, visible, HAS_BIAS: tl.constexpr, ASSEMBLY: tl.constexpr):
     """What is added to logits: the bias at pointers column + row, minus infinity for keys out of sight.
 
     The column moves from block to block and the row is constant, so that compilers put it into the address of the
@@ -166,7 +166,7 @@ def _added(column, row, visible, HAS_BIAS: tl.constexpr, COMPILED: tl.constexpr)
     """
     if HAS_BIAS:
         pointers = tl.expand_dims(column, -1) + tl.expand_dims(row, -2)
-        if COMPILED:
+        if ASSEMBLY:
             added = tl.inline_asm_elementwise(
                 "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0xff800000; @p ld.global.nc.f32 $0, [$1]; }",
                 "=f,l,r",
@@ -204,7 +204,7 @@ def _met(
     KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
-    HAS_BIAS: tl.constexpr, COMPILED: tl.constexpr, KEYS_DOWN: tl.constexpr, FLAT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ASSEMBLY: tl.constexpr, KEYS_DOWN: tl.constexpr, FLAT: tl.constexpr,
     FIRST: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Pixels of keys of a box from the FIRST on, and what is added to their logits; keys are columns, or rows if
@@ -243,7 +243,7 @@ def _met(
     else:
         pointers = tl.expand_dims(bias + _entry(c_z - p_z, c_y - p_y, c_x - p_x, KY, KX), QUERY)
         entry = tl.expand_dims(_entry(n_z, n_y, n_x, KY, KX).to(tl.int32), KEY)
-        if COMPILED:  # as in `_added`
+        if ASSEMBLY:  # as in `_added`
             added = tl.inline_asm_elementwise(
                 "{ .reg .pred p; .reg .b64 a; setp.eq.s32 p, $3, 0; mad.wide.s32 a, $2, 4, $1; "
                 "mov.b32 $0, 0xff800000; @p ld.global.nc.f32 $0, [a]; }",
@@ -259,9 +259,9 @@ def _met(
 
 
 @triton.jit
-def _log2(x, COMPILED: tl.constexpr):
+def _log2(x, ASSEMBLY: tl.constexpr):
     """Of sums from 1 on, by one instruction for some forty that mind the smallest numbers."""
-    if COMPILED:
+    if ASSEMBLY:
         result = tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -320,7 +320,7 @@ def forward(
     KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
-    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
     TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
     STAGES: tl.constexpr,
@@ -366,7 +366,7 @@ def forward(
             size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X,
             TZ * CZ > 1, TY * CY > 1, TX * CX > 1,
         )  # fmt: skip
-        added = _added(bias, entry_k, visible, HAS_BIAS, COMPILED)
+        added = _added(bias, entry_k, visible, HAS_BIAS, ASSEMBLY)
         logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * factor + added
         higher = tl.maximum(highest, tl.max(logits, 1))
         p = tl.exp2(logits * LOG2E - (higher * LOG2E)[:, None])
@@ -403,7 +403,7 @@ def whole_forward(
     KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
-    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
     TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     KEYS: tl.constexpr,
     MORE: tl.constexpr, STAGES: tl.constexpr, STACK: tl.constexpr, DIVIDES: tl.constexpr, TURNS: tl.constexpr,
@@ -458,13 +458,13 @@ def whole_forward(
         bias = _bias_of(bias, head, KZ, KY, KX)
     pixel_k, added = _met(
         bias, p_z, p_y, p_x, c_z, c_y, c_x, end_z, end_y, end_x, size_z, size_y, size_x, g_z, g_y, g_x,
-        Y, X, DZ, DY, DX, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, HAS_BIAS, COMPILED, False,
+        Y, X, DZ, DY, DX, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, HAS_BIAS, ASSEMBLY, False,
         TZ * KZ == 1, 0, KEYS,
     )  # fmt: skip
     if MORE:
         pixel_more, added_more = _met(
             bias, p_z, p_y, p_x, c_z, c_y, c_x, end_z, end_y, end_x, size_z, size_y, size_x, g_z, g_y, g_x,
-            Y, X, DZ, DY, DX, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, HAS_BIAS, COMPILED, False,
+            Y, X, DZ, DY, DX, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, HAS_BIAS, ASSEMBLY, False,
             TZ * KZ == 1, KEYS, MORE,
         )  # fmt: skip
     unit = LOG2E * tl.cast(scale, tl.float32)
@@ -504,7 +504,7 @@ def whole_forward(
             p_more = tl.exp2(logits_more * unit - tl.expand_dims(highest, -1))
             total += tl.sum(p_more, LAST)
             value = tl.dot(p_more.to(values.dtype), values_more, value, input_precision=PRECISION)
-        total = _log2(total, COMPILED)
+        total = _log2(total, ASSEMBLY)
         value *= tl.expand_dims(tl.exp2(-total), -1)
         target = out + image * Z * Y * X * (HEADS * D) + head * D
         _put_vectors(target, value, pixel_q, real, HEADS * D, D, BLOCK_D)
@@ -534,7 +534,7 @@ def whole_backward_queries(
     KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
-    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
     TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr, BIAS_GRADIENT: tl.constexpr,
@@ -566,7 +566,7 @@ def whole_backward_queries(
         bias = _bias_of(bias, head, KZ, KY, KX)
     pixel_k, added = _met(
         bias, p_z, p_y, p_x, c_z, c_y, c_x, end_z, end_y, end_x, size_z, size_y, size_x, g_z, g_y, g_x,
-        Y, X, DZ, DY, DX, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, HAS_BIAS, COMPILED, True,
+        Y, X, DZ, DY, DX, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, HAS_BIAS, ASSEMBLY, True,
         TZ * KZ == 1, 0, KEYS,
     )  # fmt: skip
     factor = tl.cast(scale, tl.float32)
@@ -663,7 +663,7 @@ def backward_queries(
     KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
-    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
     TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
     STAGES: tl.constexpr,
@@ -714,7 +714,7 @@ def backward_queries(
             size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X,
             TZ * CZ > 1, TY * CY > 1, TX * CX > 1,
         )  # fmt: skip
-        added = _added(bias, entry_k, visible, HAS_BIAS, COMPILED)
+        added = _added(bias, entry_k, visible, HAS_BIAS, ASSEMBLY)
         logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * factor + added
         p = tl.exp2(logits * LOG2E - lse_q[:, None])
         ds = p * (tl.dot(incoming, tl.trans(values), input_precision=PRECISION) - delta_q[:, None])
@@ -746,7 +746,7 @@ def backward_keys(
     KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
-    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
     TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
     STAGES: tl.constexpr,
@@ -801,7 +801,7 @@ def backward_keys(
             size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X,
             TZ * CZ > 1, TY * CY > 1, TX * CX > 1,
         )  # fmt: skip
-        added = _added(bias, entry_k, visible, HAS_BIAS, COMPILED)
+        added = _added(bias, entry_k, visible, HAS_BIAS, ASSEMBLY)
         logits = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * factor + added
         p = tl.exp2(logits * LOG2E - lse_q[:, None])
         dv = tl.dot(tl.trans(p.to(incoming.dtype)), incoming, dv, input_precision=PRECISION)
@@ -837,7 +837,7 @@ def backward_bias(
     KZ: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr,
     SZ: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
     CAUSAL_Z: tl.constexpr, CAUSAL_Y: tl.constexpr, CAUSAL_X: tl.constexpr,
-    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, COMPILED: tl.constexpr,
+    PACKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
     TZ: tl.constexpr, TY: tl.constexpr, TX: tl.constexpr,
     CZ: tl.constexpr, CY: tl.constexpr, CX: tl.constexpr,
     STAGES: tl.constexpr,
@@ -886,7 +886,7 @@ def backward_bias(
             p_z[:, None], p_y[:, None], p_x[:, None], j_z[None, :], j_y[None, :], j_x[None, :],
             size_z, size_y, size_x, KZ, KY, KX, SZ, SY, SX, CAUSAL_Z, CAUSAL_Y, CAUSAL_X, True, True, True,
         )  # fmt: skip
-        added = _added(bias, entry_k, visible, True, COMPILED)
+        added = _added(bias, entry_k, visible, True, ASSEMBLY)
         # Tiles that do not meet the block have no images.
         end = tl.where(on_map & met, images, 0)
         for number in tl.range(tl.program_id(1) // columns, end, tl.num_programs(1) // columns, num_stages=STAGES):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import triton
 from torch import Tensor
 
 from vizoo.ops import gpu
-from vizoo.ops.registration import bound, launchable, register_flops
+from vizoo.ops.registration import bound, launchable, recording, register_flops
 from vizoo.ops.tracing import known
 
 from . import kernels, tiles
@@ -22,6 +23,14 @@ register_flops(FLOPS)
 
 LISTS_AHEAD = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 2)
 """Whether loops may fetch lists of matrices ahead: Triton 3.2 crashes compiling that for compute capability 9.0."""
+
+
+@cache
+def _misread() -> bool:
+    """Whether torch's compilers take any assembly for something that may write every tensor, as those of 2.6 do."""
+    from torch._higher_order_ops.triton_kernel_wrap import Op
+
+    return "is_pure" not in Op.__dataclass_fields__
 
 
 class _Call:
@@ -86,7 +95,7 @@ class _Call:
             "PACKED": self.packed,
             "HAS_BIAS": self.bias is not None,
             "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",  # halves have but one precision
-            "COMPILED": not gpu.interpreted(),
+            "ASSEMBLY": not gpu.interpreted() and not (recording() and _misread()),
             "TZ": TZ, "TY": TY, "TX": TX,
             **block,
             "STAGES": tile.stages,
@@ -136,7 +145,7 @@ def _for_tiles(call: _Call, kind: tiles.Kind, kernel: Any, *tensors: Tensor | No
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], tile: tiles.Tile, *arguments: Any, **constants: Any) -> None:
-    launchable(kernel)[grid](*arguments, **constants, **bound(kernel, tile.registers))
+    launchable(kernel)[grid](*arguments, **constants, **bound(tile.registers))
 
 
 def _shared(call: _Call, tile: tiles.Tile) -> tuple[tuple[int, int, int], tuple[int, int]]:

@@ -151,10 +151,10 @@ def _held(x):
     ones, no layout is left that a load could have but the one in question.
     """
     HALF: tl.constexpr = x.shape[0] // 2
-    even, odd = tl.split(tl.trans(tl.reshape(x, (HALF, 2, x.shape[1])), (0, 2, 1)))
-    x = tl.reshape(tl.trans(tl.join(even, odd), (0, 2, 1)), x.shape)
-    early, late = tl.split(tl.trans(tl.reshape(x, (2, HALF, x.shape[1])), (1, 2, 0)))
-    return tl.reshape(tl.trans(tl.join(early, late), (2, 0, 1)), x.shape)
+    even, odd = tl.split(tl.permute(tl.reshape(x, (HALF, 2, x.shape[1])), (0, 2, 1)))
+    x = tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 1)), x.shape)
+    early, late = tl.split(tl.permute(tl.reshape(x, (2, HALF, x.shape[1])), (1, 2, 0)))
+    return tl.reshape(tl.permute(tl.join(early, late), (2, 0, 1)), x.shape)
 
 
 @triton.jit
@@ -574,7 +574,7 @@ def split_ends(
     CHANNELS: tl.constexpr = GROUPS * EACH
     FROM_LAST: tl.constexpr = REVERSE == BACKWARD
     STAY: tl.constexpr = N <= BLOCK_N
-    PAIRS: tl.constexpr = max(1, BLOCK_N // 2)
+    PAIRS: tl.constexpr = BLOCK_N // 2 if BLOCK_N > 1 else 1
     L = _multiple(L, ALIGN)
     x += _offsets(batch, channel, _multiple(x_b, ALIGN), _multiple(x_c, ALIGN), x_t, T)
     delta += _offsets(batch, channel, _multiple(delta_b, ALIGN), _multiple(delta_c, ALIGN), delta_t, T)

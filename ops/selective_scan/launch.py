@@ -57,7 +57,7 @@ class Grid:
         """Runs a kernel in one stage, for what compilers would load ahead of products is nothing here."""
         launchable(kernel)[self.programs(tile)](
             *arguments, **self.constants, **constants, BLOCKS=self.blocks(tile), BLOCK_C=tile.channels,
-            num_warps=tile.warps, num_stages=1, **bound(kernel, tile.registers),
+            num_warps=tile.warps, num_stages=1, **bound(tile.registers),
         )  # fmt: skip
 
     @property

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+FLIPS_ROWS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6))
+"""Whether Triton flips along any axis: that of torch 2.6 knows the last one only."""
 
 
 @triton.jit
@@ -27,6 +29,16 @@ def _combine(a1, b1, a2, b2):
 def _combine_before(a1, b1, l1, k1, a2, b2, l2, k2):
     """The same, that also tells k h + l of the last map, which sees the state before it."""
     return a2 * a1, a2 * b1 + b2, k2 * b1 + l2, k2 * a1
+
+
+@triton.jit
+def _flipped(x):
+    """A tile (T, C) with its last token first."""
+    if FLIPS_ROWS:
+        x = tl.flip(x, 0)
+    else:
+        x = tl.trans(tl.flip(tl.trans(x), 1))
+    return x
 
 
 @triton.jit
@@ -172,7 +184,9 @@ def _sources(delta, offset, channel, d, R: tl.constexpr, RP: tl.constexpr, WHOLE
 @triton.jit
 def _product(a, b, acc):
     """acc + a b, exact to float32's precision unless both are half."""
-    if a.dtype == b.dtype and a.dtype != tl.float32:
+    if a.dtype == tl.float32:
+        acc = tl.dot(a, b.to(tl.float32), acc, input_precision="tf32x3")
+    elif a.dtype == b.dtype:
         acc = tl.dot(a, b, acc)
     else:
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")
@@ -311,7 +325,7 @@ def _scanned(decay, drive, state, token, LAST: tl.constexpr, BACKWARDS: tl.const
     first = token[:, None] == (LAST if BACKWARDS else 0)
     drive = tl.where(first, decay * state[None, :] + drive, drive)
     if BACKWARDS:
-        h = tl.flip(tl.associative_scan((tl.flip(decay, 0), tl.flip(drive, 0)), 0, _combine)[1], 0)
+        h = _flipped(tl.associative_scan((_flipped(decay), _flipped(drive)), 0, _combine)[1])
     else:
         h = tl.associative_scan((decay, drive), 0, _combine)[1]
     return h
@@ -510,8 +524,8 @@ def _before(decay, drive, driver, state, token, LAST: tl.constexpr, BACKWARDS: t
     driver = tl.where(first, driver + state[None, :], driver)
     ones = tl.full(decay.shape, 1.0, tl.float32)
     if BACKWARDS:
-        turned = (tl.flip(decay, 0), tl.flip(drive, 0), tl.flip(driver, 0), ones)
-        sums = tl.flip(tl.associative_scan(turned, 0, _combine_before)[2], 0)
+        decay, drive, driver = _flipped(decay), _flipped(drive), _flipped(driver)
+        sums = _flipped(tl.associative_scan((decay, drive, driver, ones), 0, _combine_before)[2])
     else:
         sums = tl.associative_scan((decay, drive, driver, ones), 0, _combine_before)[2]
     return sums
