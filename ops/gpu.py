@@ -57,6 +57,18 @@ def unwatched(*tensors: Tensor) -> bool:
     )
 
 
+@lru_cache
+def exact_products() -> str:
+    """What to ask of Triton for exact products of float32 in kernels whose threads hold many rows of a tile.
+
+    Three products of tf32 on matrix units; but Triton 3.2, that of torch 2.6, ends the process over them, and those up
+    to 3.5 have not been tried. They get the slow way.
+    """
+    import triton
+
+    return "tf32x3" if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6) else "ieee"
+
+
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Makes a device the current GPU, where Triton launches."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():

@@ -154,7 +154,7 @@ def backward(
                 grad_u, grad_delta, grad_z, parts.B, parts.C, parts.A, parts.D, parts.bias, parts.start,
                 *grid.sizes, *_strides(grad_out, u, delta, z, grad_u), laid_B.shape[3], *parts.B.stride(),
                 N=states, UNROLL=tile.unroll, BLOCK_N=max(16, 1 << (states - 1).bit_length()),
-                PRECISION="tf32" if half else "tf32x3",
+                PRECISION="tf32" if half else gpu.exact_products(),
             )  # fmt: skip
     return (
         grad_u, grad_delta, parts.A.sum((0, 1)).t().contiguous().to(A.dtype),

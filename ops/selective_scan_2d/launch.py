@@ -234,7 +234,7 @@ def _gradients(
     def precision(*tensors: Tensor | None) -> str:
         """Factors cut to 11 bits, which no rounding is, are exact enough for a bfloat16 but not for a float16."""
         exact = any(tensor is not None and tensor.dtype != torch.bfloat16 for tensor in tensors)
-        return "tf32x3" if exact else "tf32"
+        return gpu.exact_products() if exact else "tf32"
 
     launchable(kernels.gradients)[(call.programs(tile) * call.blocks(tile),)](
         grad_out, call.x.data, call.delta.data, weight, call.bias, call.A, call.B.data, call.C.data, call.D,

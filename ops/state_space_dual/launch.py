@@ -65,7 +65,7 @@ class _Call:
             "CAUSAL": causal,
             "SOFTPLUS": softplus,
             "LIMITED": limit is not None,
-            "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",  # halves have but one precision
+            "PRECISION": gpu.exact_products() if x.dtype == torch.float32 else "tf32",  # halves have but one precision
         }
         self.skip = {"SKIP": 0 if self.D is None else self.D.ndim}
         self.maps_at = {"B_AT": self.B_at, "C_AT": self.C_at}
