@@ -57,6 +57,14 @@ def unwatched(*tensors: Tensor) -> bool:
     )
 
 
+def triton_version() -> tuple[int, int]:
+    """Major and minor version of Triton, which is imported for that."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 @lru_cache
 def exact_products() -> str:
     """What to ask of Triton for exact products of float32 in kernels whose threads hold many rows of a tile.
@@ -64,9 +72,7 @@ def exact_products() -> str:
     Three products of tf32 on matrix units; but Triton 3.2, that of torch 2.6, ends the process over them, and those up
     to 3.5 have not been tried. They get the slow way.
     """
-    import triton
-
-    return "tf32x3" if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6) else "ieee"
+    return "tf32x3" if triton_version() >= (3, 6) else "ieee"
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

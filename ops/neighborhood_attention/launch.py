@@ -9,7 +9,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from vizoo.ops import gpu
@@ -21,7 +20,7 @@ from .function import FLOPS
 
 register_flops(FLOPS)
 
-LISTS_AHEAD = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 2)
+LISTS_AHEAD = gpu.triton_version() > (3, 2)
 """Whether loops may fetch lists of matrices ahead: Triton 3.2 crashes compiling that for compute capability 9.0."""
 
 

@@ -90,7 +90,7 @@ def tiled(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Til
 
 @lru_cache(maxsize=256)
 def whole(kind: Kind, sizes: Sides, kernel: Sides, d: int, itemsize: int) -> Tile | None:
-    """Tiles whose windows fit a block of keys, or one and a smaller below it; None if there are none.
+    """Tiles whose windows fit a block of keys, or one and a smaller behind it; None if there are none.
 
     In the forward pass a warp has 16 queries: a stack of such tiles with a block of keys each, or a tile of 32, whose
     keys are fetched once for twice as many queries. A thread holds a quarter of the logits of a query, what is added to

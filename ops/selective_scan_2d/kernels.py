@@ -14,8 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vizoo.ops.gpu import triton_version
+
 LOG2E = tl.constexpr(1.4426950408889634)
-FLIPS_ROWS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6))
+FLIPS_ROWS = tl.constexpr(triton_version() >= (3, 6))
 """Whether Triton flips along any axis: that of torch 2.6 knows the last one only."""
 
 
